@@ -1,0 +1,185 @@
+"""Every setting, its unit and its allowed values. Edit the defaults here, or name a field on the command line:
+
+    python train.py --steps 200 --network composite
+    python inference.py --moving mr.nii.gz --fixed us.nii.gz
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+# Set before TensorFlow loads, which is why the scripts import this file first. On processors without AVX-512,
+# TensorFlow leaves oneDNN's 3D convolutions off; they are eight times faster than its own (README, "Speed").
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+EXAMPLE_DIR = "data/example"
+CONFIG_NAME, BEST_NAME, LAST_NAME = "config.json", "best.weights.h5", "last.weights.h5"
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used. The message is one line that names it, what was found and expected."""
+
+
+@dataclass(frozen=True)
+class Config:
+    # Data: each folder holds moving_images, fixed_images, moving_labels, fixed_labels (README, "Your own data").
+    train_dir: str = f"{EXAMPLE_DIR}/train"  # pairs to learn from
+    valid_dir: str = f"{EXAMPLE_DIR}/valid"  # pairs to choose the best weights by; "" = none
+    test_dir: str = f"{EXAMPLE_DIR}/test"  # pairs that inference.py registers; "" = none
+    folds: int = 0  # 0 = off; 2 or more: deal the patients of train_dir into that many folds and hold one out
+    fold: int = 0  # which fold inference.py registers, 0 to folds - 1; the others are trained on
+    voxel_size: float = 3.0  # mm, edge of the network grid's isotropic voxels
+    fixed_shape: tuple[int, int, int] = (24, 32, 22)  # voxels of the network grid on the fixed image (RAS order)
+    moving_shape: tuple[int, int, int] = (36, 36, 32)  # voxels of the network grid on the moving image (RAS order)
+
+    # Network: inference.py reads this group, and the three grid settings above, from the trained model's folder.
+    network: Literal["local", "global", "composite"] = "local"  # DDF, 12-parameter affine, or affine then DDF
+    channels: int = 16  # of the local network's first level, doubled at each of the four next (paper: 32)
+    global_channels: int = 8  # the same for the global network (paper: 8)
+    first_kernel: int = 7  # voxels, edge of the first convolution's kernel; odd
+    ddf_levels: tuple[int, ...] = (0, 1, 2, 3, 4)  # resolution levels whose DDFs are summed; 0 finest, 4 coarsest
+
+    # Loss
+    similarity: Literal["dice", "cross-entropy", "mean-squared", "jaccard"] = "dice"  # of warped and fixed label
+    similarity_scales: tuple[float, ...] = (0, 1, 2, 4, 8)  # voxels, standard deviations of the label smoothing
+    regulariser: Literal["bending", "gradient-l2", "gradient-l1"] = "bending"  # smoothness of the DDF
+    regulariser_weight: float = 0.5  # relative to the label similarity; larger = smoother
+
+    # Training
+    steps: int = 1000  # gradient steps
+    batch_size: int = 4  # pairs per step
+    learning_rate: float = 1e-3  # peak of Adam's warm-up and cosine decay
+    labels_per_pair: int = 0  # labels drawn from a pair in each step; 1 = as in the paper, 0 = all
+    cross_patient: float = 0.25  # share of pairs made of two patients, which only the gland (label 0) can teach
+    affine_augmentation: float = 0.1  # largest random change of each affine entry; 0 = none
+    mirror_axis: int = 0  # axis to mirror half of the pairs along, 0 = left-right in RAS; -1 = none
+    intensity_augmentation: float = 0.3  # largest log of the random gamma of each image; 0 = none
+    valid_every: int = 100  # steps between validations
+    seed: int = 0  # of weights, sampling and augmentation
+    model_dir: str = "model"  # settings, weights, history.csv, history.png and TensorBoard events; made if missing
+
+    # Inference
+    moving: str = ""  # one new pair instead of test_dir: its moving image ...
+    fixed: str = ""  # ... and its fixed image; no labels needed
+    weights: Literal["best", "last"] = "best"  # by validation loss, or of the last step
+    output_dir: str = "output"  # warped volumes, displacement fields, pictures and metrics; made if missing
+
+    def __post_init__(self):
+        def check(name, good, expected):
+            if not good:
+                raise InputError(f"--{name}: found {getattr(self, name)!r}, expected {expected}")
+
+        for name in ("channels", "global_channels", "steps", "batch_size", "valid_every"):
+            check(name, getattr(self, name) >= 1, "1 or more")
+        for name in ("fixed_shape", "moving_shape"):
+            check(name, all(8 <= n <= 512 for n in getattr(self, name)), "three sizes from 8 to 512 voxels")
+        check("channels", self.channels % 2 == 0, "an even number")
+        check("first_kernel", self.first_kernel >= 1 and self.first_kernel % 2 == 1, "an odd number")
+        check("folds", self.folds == 0 or self.folds >= 2, "0 (off) or 2 and more")
+        check("fold", 0 <= self.fold < max(self.folds, 1), f"0 to {max(self.folds, 1) - 1} (folds - 1)")
+        check("voxel_size", 0 < self.voxel_size < float("inf"), "a size in mm above 0")
+        levels = self.ddf_levels
+        check("ddf_levels", levels and set(levels) <= set(range(5)), "one or more of 0 1 2 3 4")
+        scales = self.similarity_scales
+        check("similarity_scales", scales and all(0 <= s < 1e3 for s in scales), "one or more standard deviations >= 0")
+        for name in ("regulariser_weight", "affine_augmentation", "intensity_augmentation", "labels_per_pair", "seed"):
+            check(name, 0 <= getattr(self, name) < float("inf"), "0 or more")
+        check("affine_augmentation", self.affine_augmentation < 0.5, "less than 0.5")
+        check("learning_rate", 0 < self.learning_rate < float("inf"), "a number above 0")
+        check("cross_patient", 0 <= self.cross_patient <= 1, "a share from 0 to 1")
+        check("mirror_axis", -1 <= self.mirror_axis <= 2, "0, 1 or 2, or -1 for none")
+        check("fixed", bool(self.fixed) == bool(self.moving), "both --moving and --fixed, or neither")
+
+
+def parse(arguments=None, default=None):
+    """The settings from a list of command-line words (default: the process's own) on top of `default`.
+
+    Raises InputError, with tyro's several lines of explanation folded into one.
+    """
+    import tyro
+
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                Config,
+                args=arguments,
+                default=default or Config(),
+                use_underscores=True,
+                config=(tyro.conf.FlagConversionOff,),
+            )
+    except SystemExit as stop:
+        if stop.code == 0:  # --help
+            raise
+        lines = [line.strip("│╭╮╰╯─ ") for line in complaint.getvalue().splitlines()[1:]]
+        text = " ".join(line for line in lines if line)
+        text = text.removeprefix("Error parsing Config: ")
+        raise InputError(text.split(" Argument helptext")[0].split(" For full helptext")[0]) from None
+
+
+def parse_for_training():
+    """Command line over the defaults. Own training data are not judged by the example pairs: those folders fall away."""
+    config = parse()
+    own = Path(config.train_dir) != Path(Config.train_dir)
+    unset = [name for name in ("valid_dir", "test_dir") if own and getattr(config, name) == getattr(Config, name)]
+    return dataclasses.replace(config, **dict.fromkeys(unset, ""))
+
+
+NETWORK_SETTINGS = (
+    "network", "moving_shape", "fixed_shape", "channels", "global_channels", "first_kernel", "ddf_levels",
+)  # fmt: skip
+
+
+def network_settings(config):
+    """The arguments of networks.build_network."""
+    return {name: getattr(config, name) for name in NETWORK_SETTINGS}
+
+
+def parse_for_inference():
+    """Command line over the settings that training saved in --model_dir; those of the network cannot be changed."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--model_dir", "--model-dir", default=Config.model_dir)
+    known, _ = finder.parse_known_args()
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        return parse()
+    trained = load(Path(known.model_dir) / CONFIG_NAME)
+    config = dataclasses.replace(parse(default=trained), model_dir=known.model_dir)
+    for name in (*NETWORK_SETTINGS, "voxel_size"):
+        asked, have = getattr(config, name), getattr(trained, name)
+        if asked != have:
+            raise InputError(f"--{name}: found {asked}, expected {have} as {known.model_dir} was trained; leave it out")
+    return config
+
+
+def save(config, path):
+    Path(path).write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+
+
+def load(path):
+    """The settings that `save` wrote, checked by the same rules as the command line."""
+    try:
+        words = []
+        for name, value in json.loads(Path(path).read_text()).items():
+            words += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
+        return parse(words)
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing; expected the folder of a trained model: run train.py first") from None
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: {error}; expected the settings that train.py saved") from None
+
+
+def run(main):
+    """Run a script's main; bad input ends it with one line and exit status 2."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,297 @@
+"""Make the tutorial's example data: synthetic prostate MR and transrectal ultrasound of the same patients.
+
+    python data/make_example_data.py
+
+writes data/example/{train,valid,test}, each a data set as README, "Your own data" describes it, with one folder more:
+true_displacement/, the deformation that made the pair, in mm on a coarser grid over the fixed image (ITK convention).
+
+A patient is a handful of implicit surfaces in a frame whose origin is the MR volume's centre (mm; right, anterior,
+superior). The ultrasound shows, at x, the tissue that the MR shows at x + u(x). Surfaces and u are formulas, so images,
+labels and truth are exact on every grid and nothing is resampled. The same seed gives the same files.
+"""
+
+import shutil
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from scipy import ndimage
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from config import EXAMPLE_DIR
+from helpers import FOLDERS, voxel_to_world, write_displacement, write_nifti
+
+PATIENTS = {"train": 48, "valid": 6, "test": 8}
+MR_SHAPE, MR_SPACING, MR_ORIENTATION = (96, 96, 32), (1.05, 1.05, 3.0), "LPS"
+US_SHAPE, US_SPACING, US_ORIENTATION = (80, 88, 48), (0.9, 0.9, 1.35), "PIR"
+TRUTH_SPACING = 3  # the true displacement is smooth: every third voxel of the ultrasound is enough
+LARGEST_DISPLACEMENT = 15.0  # mm
+
+
+def ball(p, centre, radii):
+    """Distance from a centre in units of the radii: 1 on the ellipsoid's surface. p: (..., 3) mm."""
+    scaled = (p - np.asarray(centre, p.dtype)) / np.asarray(radii, p.dtype)
+    return np.sqrt(np.einsum("...k,...k->...", scaled, scaled))
+
+
+def step(distance, width):
+    """1 where distance < 0, 0 beyond, with a smooth edge of the given width."""
+    return 1 / (1 + np.exp(np.clip(4 * distance / width, -50, 50)))
+
+
+# -- The patient ---------------------------------------------------------------------------------------------------
+
+
+def random_patient(rng):
+    """Sizes and places of one patient's anatomy, in mm."""
+    radii = rng.uniform([19, 14, 16], [26, 19, 22])
+    patient = {
+        "gland": rng.uniform(-4, 4, 3),
+        "radii": radii,
+        "taper": rng.uniform(0.15, 0.35),  # the apex is narrower than the base
+        "lobes": rng.normal(0, 0.03, (3, 2)),  # irregular outline
+        "transition": (rng.uniform([-1, 1, 1], [1, 3, 5]), radii * rng.uniform(0.6, 0.78, 3)),
+        "bladder": np.array([rng.normal(0, 3), rng.uniform(2, 10), radii[2] + rng.uniform(16, 20)]),
+        "rectum": np.array([rng.normal(0, 3), -radii[1] - rng.uniform(8, 12)]),
+        "nodules": rng.uniform(-0.6, 0.6, (8, 3)) * radii,
+        "nodule_size": rng.uniform(3, 6, 8),
+        "nodule_tone": rng.choice([-1, 1], 8) * rng.uniform(0.5, 1, 8),
+    }
+    # Landmarks: visible in both images, in ways that differ. All lie inside the gland, well apart from each other.
+    kinds = rng.permutation(["cyst", "calcification", "lesion", "cyst", "calcification"])[: rng.integers(1, 6)]
+    places = []
+    while len(places) < len(kinds):
+        place = rng.uniform(-0.75, 0.75, 3) * radii
+        if np.linalg.norm(place / radii) < 0.75 and all(np.linalg.norm(place - other) > 10 for other in places):
+            places.append(place)
+    patient["landmarks"] = [(kind, place, rng.uniform(2.8, 4.2)) for kind, place in zip(kinds, places, strict=True)]
+    return patient
+
+
+def tissues(p, patient):
+    """Signed or scaled distances of every structure at points p (..., 3) mm in the MR frame."""
+    q = p - patient["gland"].astype(p.dtype)
+    x, y, z = np.moveaxis(q / patient["radii"].astype(p.dtype), -1, 0)
+    angle = np.arctan2(y, x)
+    outline = sum(a * np.cos(k * angle) + b * np.sin(k * angle) for k, (a, b) in enumerate(patient["lobes"], start=2))
+    width = 1 - patient["taper"] / (1 + np.exp(5 * z + 1))
+    groove = 0.12 * np.exp(-((x / 0.3) ** 2)) * (y < 0)  # the back is flat, with a groove in the middle
+    gland = np.sqrt(((x / width) ** 2 + (y * (1 + groove)) ** 2) / (1 + outline) ** 2 + z**2)
+    centre, radii = patient["transition"]
+    nodules = sum(
+        tone * np.exp(-0.5 * ball(q, place, size) ** 2)
+        for place, size, tone in zip(
+            patient["nodules"], patient["nodule_size"], patient["nodule_tone"], strict=True
+        )
+    )
+    urethra = np.hypot(q[..., 0], q[..., 1] - 2 - 0.01 * q[..., 2] ** 2)
+    return {
+        "point": q,
+        "gland": gland,
+        "transition": ball(q, centre, radii),
+        "nodules": nodules,
+        "urethra": np.where(np.abs(z) < 1.1, urethra, 99),
+        "bladder": ball(q, patient["bladder"], [26, 20, 17]),
+        "rectum": np.hypot(q[..., 0] - patient["rectum"][0], q[..., 1] - patient["rectum"][1]),
+        "muscle": ball(q * [1, 1, 0], [0, 0, 0], [37, 60, 1]),  # obturator internus: beyond this, at the sides
+        "levator": np.abs(ball(q, [0, -4, -10], [29, 24, 34]) - 1),
+        "pubis": ball(q, [0, patient["radii"][1] + 22, -8], [24, 11, 15]),
+        "landmarks": [(kind, ball(q, place, size)) for kind, place, size in patient["landmarks"]],
+    }
+
+
+def label_maps(t):
+    """Label 0 the gland, then the landmarks: (..., L) uint8. t: what `tissues` returned."""
+    return np.stack([t["gland"] < 1, *(distance < 1 for _, distance in t["landmarks"])], axis=-1).astype(np.uint8)
+
+
+# -- The deformation -----------------------------------------------------------------------------------------------
+
+
+def random_deformation(rng, patient, points):
+    """u(x) in mm: shift, rotation, the probe's push and smooth bumps; at most LARGEST_DISPLACEMENT at the points."""
+    shift = rng.normal(size=3)
+    shift *= rng.uniform(9, 13) / np.linalg.norm(shift)
+    angles = np.radians(rng.uniform(-7, 7, 3))
+    places = rng.uniform(-1, 1, (6, 3)) * patient["radii"] * 1.2 + patient["gland"]
+    sizes = rng.uniform(11, 16, 6)
+    bumps = rng.uniform(-2.5, 2.5, (6, 3))
+    probe = patient["gland"] + [0, -patient["radii"][1] - 6, 0]
+    push = rng.uniform(2, 5)  # the probe moves the tissue before it forward, so x shows what lay further back
+
+    def deformation(amount):
+        def u(x):
+            rx, ry, rz = angles * amount
+            turn = np.array([[0, -rz, ry], [rz, 0, -rx], [-ry, rx, 0]])
+            result = (x @ turn.T + shift * amount).astype(x.dtype)
+            for place, size, bump in zip([*places, probe], [*sizes, 16], [*bumps, [0, -push, 0]], strict=True):
+                result += amount * np.exp(-0.5 * ball(x, place, size) ** 2)[..., None] * np.asarray(bump, x.dtype)
+            return result
+
+        return u
+
+    largest = np.linalg.norm(deformation(1.0)(points), axis=-1).max()
+    return deformation(min(1.0, LARGEST_DISPLACEMENT / largest))  # u is linear in the amount
+
+
+def tissue_to_ultrasound(place, u):
+    """Where the ultrasound shows the tissue that the MR shows at `place`: solves x + u(x) = place."""
+    x = np.array(place, float)
+    for _ in range(30):
+        x = place - u(x)
+    return x
+
+
+# -- The images ----------------------------------------------------------------------------------------------------
+
+
+def mr_image(p, t, rng):
+    """T2-weighted MR of tissues t at points p: bright fluid and peripheral zone, dark muscle, bias, Rician noise."""
+    image = 0.60 + 0.08 * np.sin(p[..., 0] / 5 + 1) * np.sin(p[..., 1] / 6) * np.sin(p[..., 2] / 7)  # fat
+    for distance, width, tone in [
+        (1 - t["muscle"], 0.1, 0.16),
+        (t["levator"] - 0.07, 0.06, 0.18),
+        (t["pubis"] - 1.1, 0.1, 0.08),
+        (t["pubis"] - 0.95, 0.1, 0.42),
+        (t["bladder"] - 1.08, 0.06, 0.22),
+        (t["bladder"] - 1, 0.06, 1.0),
+        (t["rectum"] - 11, 2, 0.3),
+        (t["rectum"] - 8, 2, 0.06),
+        (t["gland"] - 1.06, 0.05, 0.2),  # the capsule, thin and dark
+        (t["gland"] - 0.98, 0.05, 0.78),  # peripheral zone
+        (t["transition"] - 1.05, 0.1, 0.25),
+        (t["transition"] - 0.95, 0.1, 0.45 + 0.25 * t["nodules"]),
+        (t["urethra"] - 3, 1.5, 0.85),
+    ]:
+        image += step(distance, width) * (tone - image)
+    for kind, distance in t["landmarks"]:
+        tone = {"cyst": 1.05, "calcification": 0.04, "lesion": 0.22}[kind]
+        image += step(distance - 1, 0.3) * (tone - image)
+    slope, bend = rng.normal(0, 0.003, 3).astype(p.dtype), rng.normal(0, 5e-5, 3).astype(p.dtype)
+    image *= np.exp(p @ slope + (p**2) @ bend)
+    noise = rng.normal(0, 0.03, (2, *image.shape))
+    return np.hypot(image + noise[0], noise[1])
+
+
+def us_image(x, t, patient, u, rng):
+    """Transrectal ultrasound of tissues t seen at points x: fan, speckle, attenuation, bright interfaces, shadows."""
+    gland = tissue_to_ultrasound(patient["gland"], u)
+    probe = gland + [0, -patient["radii"][1] - 14, 0]
+    depth = np.hypot(x[..., 0] - probe[0], x[..., 1] - probe[1]) - 10  # mm in front of a probe of 10 mm radius
+    angle = np.arctan2(x[..., 0] - probe[0], x[..., 1] - probe[1])
+    echo = np.full(depth.shape, 0.42)
+    for distance, width, tone in [
+        (1 - t["muscle"], 0.1, 0.25),
+        (t["pubis"] - 1.1, 0.1, 0.95),
+        (t["pubis"] - 0.9, 0.1, 0.05),
+        (t["bladder"] - 1.06, 0.06, 0.7),
+        (t["bladder"] - 1, 0.06, 0.03),
+        (t["gland"] - 1.07, 0.06, 0.85),  # the capsule and the fat around it, bright
+        (t["gland"] - 0.98, 0.05, 0.38),
+        (t["transition"] - 1.04, 0.08, 0.52),
+        (t["transition"] - 0.95, 0.1, 0.27 + 0.1 * t["nodules"]),
+        (t["urethra"] - 3, 1.5, 0.12),
+    ]:
+        echo += step(distance, width) * (tone - echo)
+    shadow = np.ones(depth.shape)
+    for (kind, distance), (_, place, size) in zip(t["landmarks"], patient["landmarks"], strict=True):
+        tone = {"cyst": 0.03, "calcification": 1.3, "lesion": 0.16}[kind]
+        echo += step(distance - 1, 0.3) * (tone - echo)
+        if kind == "calcification":
+            seen = tissue_to_ultrasound(place + patient["gland"], u)
+            far, aside = np.hypot(*(seen - probe)[:2]), np.arctan2(*(seen - probe)[:2])
+            behind = step(far + size - 10 - depth, 2) * step(np.abs(x[..., 2] - seen[2]) - size, 1.5)
+            shadow *= 1 - 0.75 * behind * step(np.abs(angle - aside) - size / far, 0.04)
+    echo += 0.5 * np.exp(-0.5 * (depth / 1.5) ** 2)  # rectal wall
+    grain = [ndimage.gaussian_filter(rng.normal(size=depth.shape), [0.9, 0.6, 0.5]) for _ in range(2)]
+    speckle = np.hypot(*grain) / np.mean(np.hypot(*grain))
+    image = echo * shadow * np.exp(-depth / 70) * (0.35 + 0.65 * speckle)
+    fan = (depth > 0) & (depth < 68) & (np.abs(angle) < np.radians(70))
+    return np.where(fan, image, 0)
+
+
+# -- Files ---------------------------------------------------------------------------------------------------------
+
+
+def random_frame(rng):
+    """A scanner's own world: (4, 4) rotation of up to 10 degrees and a shift of up to 100 mm."""
+    rx, ry, rz = np.radians(rng.uniform(-10, 10, 3))
+    cos, sin = np.cos, np.sin
+    frame = np.eye(4)
+    frame[:3, :3] = (
+        np.array([[1, 0, 0], [0, cos(rx), -sin(rx)], [0, sin(rx), cos(rx)]])
+        @ np.array([[cos(ry), 0, sin(ry)], [0, 1, 0], [-sin(ry), 0, cos(ry)]])
+        @ np.array([[cos(rz), -sin(rz), 0], [sin(rz), cos(rz), 0], [0, 0, 1]])
+    )
+    frame[:3, 3] = rng.uniform(-100, 100, 3)
+    return frame
+
+
+def centred_affine(shape, spacing):
+    affine = np.diag([*spacing, 1.0])
+    affine[:3, 3] = -affine[:3, :3] @ ((np.array(shape) - 1) / 2)
+    return affine
+
+
+def coarser(every):
+    """Voxel-to-voxel matrix of a grid that keeps voxels 1, 1 + every, 1 + 2 every, ..."""
+    matrix = np.diag([every, every, every, 1.0])
+    matrix[:3, 3] = 1
+    return matrix
+
+
+def to_orientation(data, affine, orientation):
+    """Store an RAS volume with other axis order and directions, e.g. "LPS"; the world stays the same."""
+    target = nib.orientations.axcodes2ornt(orientation)
+    change = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), target)
+    stored = nib.orientations.apply_orientation(data, change)
+    return stored, affine @ nib.orientations.inv_ornt_aff(change, data.shape[:3])
+
+
+def write_pair(folder, case, seed):
+    rng = np.random.default_rng(seed)
+    mr_grid, us_grid = centred_affine(MR_SHAPE, MR_SPACING), centred_affine(US_SHAPE, US_SPACING)
+    p, x = voxel_to_world(MR_SHAPE, mr_grid), voxel_to_world(US_SHAPE, us_grid)
+    patient = random_patient(rng)
+    u = random_deformation(rng, patient, x[np.ix_(*(np.linspace(0, n - 1, 12).astype(int) for n in US_SHAPE))])
+    mr_frame, us_frame = random_frame(rng), random_frame(rng)
+    mr_tissues, us_tissues = tissues(p, patient), tissues(x + u(x), patient)
+    mr, us = mr_image(p, mr_tissues, rng), us_image(x, us_tissues, patient, u, rng)
+    volumes = {
+        "moving_images": (mr * 400).clip(0, 32767).astype(np.int16),
+        "fixed_images": (us * 160).clip(0, 255).astype(np.uint8),
+        "moving_labels": label_maps(mr_tissues),
+        "fixed_labels": label_maps(us_tissues),
+    }
+    for name, data in volumes.items():
+        moving = name.startswith("moving")
+        affine = mr_frame @ mr_grid if moving else us_frame @ us_grid
+        stored, affine = to_orientation(data, affine, MR_ORIENTATION if moving else US_ORIENTATION)
+        write_nifti(folder / name / f"{case}.nii.gz", stored, affine)
+    x, us_grid = x[1::TRUTH_SPACING, 1::TRUTH_SPACING, 1::TRUTH_SPACING], us_grid @ coarser(TRUTH_SPACING)
+    in_world = (x + u(x)) @ mr_frame[:3, :3].T + mr_frame[:3, 3] - (x @ us_frame[:3, :3].T + us_frame[:3, 3])
+    stored, affine = to_orientation(in_world, us_frame @ us_grid, US_ORIENTATION)
+    write_displacement(folder / "true_displacement" / f"{case}.nii.gz", stored, affine)
+
+
+def main(folder=EXAMPLE_DIR, seed=2018, patients=PATIENTS):
+    """Write the whole data set aside, then rename it: an interrupted run leaves nothing that looks complete."""
+    aside = Path(f"{folder}.unfinished")
+    shutil.rmtree(aside, ignore_errors=True)
+    jobs = []
+    for split, count in patients.items():
+        for name in (*FOLDERS, "true_displacement"):
+            (aside / split / name).mkdir(parents=True)
+        jobs += [(aside / split, f"{split}{n:02d}", [seed, len(jobs) + n]) for n in range(count)]
+    with ProcessPoolExecutor() as pool:
+        list(tqdm(pool.map(write_pair, *zip(*jobs, strict=True)), "making example data", len(jobs), unit="pair"))
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,537 @@
+"""Files <-> arrays: find pairs, read and check, resample to the network grid, write volumes and pictures.
+
+Shapes: B batch; X, Y, Z fixed grid; MX, MY, MZ moving grid; L labels. World coordinates are NIfTI's: RAS, mm.
+"""
+
+import contextlib
+import csv
+import os
+import tempfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import nibabel as nib
+import numpy as np
+from matplotlib.collections import LineCollection
+from matplotlib.lines import Line2D
+from scipy import ndimage
+from tqdm import tqdm
+
+from config import InputError
+
+
+SUFFIXES = (".nii", ".nii.gz")
+FOLDERS = ("moving_images", "fixed_images", "moving_labels", "fixed_labels")
+
+# -- Find ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pair:
+    case: str
+    patient: str
+    moving_image: Path
+    fixed_image: Path
+    moving_labels: Path | None = None
+    fixed_labels: Path | None = None
+    true_displacement: Path | None = None  # example data only
+
+
+def case_name(path):
+    return Path(path).name.removesuffix(".gz").removesuffix(".nii")
+
+
+def find_pairs(folder, labels="required"):
+    """The pairs of a data set: one NIfTI file per case in each of its four folders, under the same name.
+
+    labels="optional" takes a data set without its two label folders too.
+    """
+    folder = Path(folder)
+    names = FOLDERS
+    if labels == "optional" and not any((folder / name).exists() for name in FOLDERS[2:]):
+        names = FOLDERS[:2]
+    files = {}
+    for name in names:
+        if not (folder / name).is_dir():
+            raise InputError(f"{folder / name}: no such folder; expected {', '.join(names)} in {folder}")
+        paths = sorted(p for p in (folder / name).iterdir() if p.name.endswith(SUFFIXES))
+        files[name] = {case_name(p): p for p in paths}
+        if len(files[name]) < len(paths):
+            raise InputError(f"{folder / name}: a case is there both as .nii and as .nii.gz; expected one of them")
+    cases = sorted(set().union(*files.values()))
+    if not cases:
+        raise InputError(f"{folder}: found no .nii or .nii.gz file; expected one per case in {', '.join(names)}")
+    missing = [f"{folder / n / c}.nii.gz" for c in cases for n in names if c not in files[n]]
+    if missing:
+        raise InputError("\n".join(f"{path}: missing; expected in all of {', '.join(names)}" for path in missing))
+    patients = read_patients(folder / "patients.csv", cases)
+    truth = {case_name(p): p for p in folder.glob("true_displacement/*.nii.gz")}
+    return [
+        Pair(c, patients[c], **{name.removesuffix("s") if "image" in name else name: files[name][c] for name in names},
+             true_displacement=truth.get(c))
+        for c in cases
+    ]  # fmt: skip
+
+
+def read_patients(path, cases):
+    """Patient of each case, from the columns case and patient; without the file each case is its own patient."""
+    if not path.exists():
+        return {case: case for case in cases}
+    try:
+        with open(path, newline="") as file:
+            patients = {row["case"]: row["patient"] for row in csv.DictReader(file)}
+    except (OSError, KeyError, csv.Error, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error!r}); expected a CSV file with columns case,patient") from None
+    missing = [case for case in cases if not patients.get(case)]
+    if missing:
+        raise InputError(f"{path}: found no patient for case {missing[0]}; expected a line for every case")
+    return patients
+
+
+def find_test_pairs(folds, fold, train_dir, test_dir):
+    """The pairs to register: those of the fold that training held out, or those of test_dir."""
+    if folds:
+        return split_fold(find_pairs(train_dir), folds, fold)[1]
+    if not test_dir:
+        raise InputError("--test_dir: found none; expected a folder of pairs, or --moving FILE --fixed FILE")
+    return find_pairs(test_dir, labels="optional")
+
+
+def split_fold(pairs, folds, fold):
+    """Deal the patients into `folds` groups; return (pairs of the others, pairs of group `fold`)."""
+    patients = sorted({pair.patient for pair in pairs})
+    if len(patients) < folds:
+        raise InputError(f"--folds: found {len(patients)} patients, expected at least {folds}")
+    order = np.random.default_rng(0).permutation(len(patients))
+    held_out = {patients[index] for index in order[fold::folds]}
+    return [p for p in pairs if p.patient not in held_out], [p for p in pairs if p.patient in held_out]
+
+
+# -- Read and check ------------------------------------------------------------------------------------------------
+
+
+def read_nifti(path):
+    """Voxels as stored (float32) and the voxel-to-world matrix (4, 4) of a NIfTI file, checked."""
+    try:
+        image = nib.load(path)
+        if not isinstance(image, nib.Nifti1Pair):
+            raise InputError(f"{path}: found {type(image).__name__}, expected NIfTI")
+        if image.get_data_dtype().kind not in "buif":
+            raise InputError(f"{path}: found voxels of type {image.get_data_dtype()}, expected plain numbers")
+        data = np.asarray(image.dataobj, np.float32)
+    except (OSError, EOFError, ValueError, zlib.error, nib.filebasedimages.ImageFileError, MemoryError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: cannot be read ({' '.join(str(error).split())}); expected a NIfTI file") from None
+    affine = np.array(image.affine, float)
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        raise InputError(f"{path}: found a singular header matrix {affine[:3].tolist()}, expected sizes in mm above 0")
+    if not np.isfinite(data).all():
+        raise InputError(f"{path}: found {np.sum(~np.isfinite(data))} NaN or infinite voxels, expected none")
+    return data, affine
+
+
+def read_image(path):
+    """A 3D image: voxels (any shape) and voxel-to-world matrix."""
+    data, affine = read_nifti(path)
+    if data.ndim == 4 and data.shape[3] == 1:
+        data = data[..., 0]
+    if data.ndim != 3 or min(data.shape) < 2:
+        raise InputError(f"{path}: found shape {data.shape}, expected 3 dimensions of 2 voxels and more")
+    if data.min() == data.max():
+        raise InputError(f"{path}: found the value {data.min():g} in every voxel, expected an image")
+    return data, affine
+
+
+def read_labels(path, image_path, image, image_affine):
+    """Labels (image's shape, L) in [0, 1] that lie on the grid of their image; a 3D file is one label."""
+    data, affine = read_nifti(path)
+    data = data[..., None] if data.ndim == 3 else data
+    if data.ndim != 4:
+        raise InputError(f"{path}: found shape {data.shape}, expected 3 dimensions, or 4 with one label in each volume")
+    if data.shape[:3] != image.shape:
+        raise InputError(f"{path}: found shape {data.shape[:3]}, expected {image.shape} as in {image_path}")
+    if not np.allclose(affine, image_affine, atol=1e-2):
+        raise InputError(f"{path}: header matrix differs from that of {image_path}, expected the same grid")
+    if data.min() < 0 or data.max() > 1:
+        raise InputError(f"{path}: found values {data.min():g} to {data.max():g}, expected 0 to 1")
+    empty = np.flatnonzero(data.max(axis=(0, 1, 2)) < 0.5)
+    if empty.size:
+        raise InputError(f"{path}: label {empty[0]} is empty, expected at least one voxel of 0.5 or more")
+    return data
+
+
+@dataclass
+class Case:
+    """A pair's volumes as stored: images (any shape), labels (image shape, L) or None, voxel-to-world matrices."""
+
+    moving_image: np.ndarray
+    moving_affine: np.ndarray
+    fixed_image: np.ndarray
+    fixed_affine: np.ndarray
+    moving_labels: np.ndarray | None = None
+    fixed_labels: np.ndarray | None = None
+
+
+def read_case(pair):
+    """Read and check every file of a pair."""
+    case = Case(*read_image(pair.moving_image), *read_image(pair.fixed_image))
+    if pair.moving_labels:
+        case.moving_labels = read_labels(pair.moving_labels, pair.moving_image, case.moving_image, case.moving_affine)
+        case.fixed_labels = read_labels(pair.fixed_labels, pair.fixed_image, case.fixed_image, case.fixed_affine)
+        found, expected = case.moving_labels.shape[-1], case.fixed_labels.shape[-1]
+        if found != expected:
+            raise InputError(f"{pair.moving_labels}: found {found} labels, expected {expected} as in {pair.fixed_labels}")
+    return case
+
+
+# -- Network grid --------------------------------------------------------------------------------------------------
+
+
+def network_grid(affine, shape, grid_shape, voxel_size):
+    """Voxel-to-world matrix (4, 4) of the network grid on a volume.
+
+    The grid's axes are the volume's own, in the order and direction nearest to RAS+, its voxels are cubes of
+    `voxel_size` mm, and its centre is the volume's.
+    """
+    direction = np.zeros((3, 3))
+    for column, (axis, sign) in zip(affine[:3, :3].T, nib.io_orientation(affine), strict=True):
+        direction[:, int(axis)] = sign * column / np.linalg.norm(column)
+    u, _, vt = np.linalg.svd(direction)  # the nearest rotation, should the header be sheared
+    centre = affine[:3, :3] @ ((np.array(shape) - 1) / 2) + affine[:3, 3]
+    grid = np.eye(4)
+    grid[:3, :3] = u @ vt * voxel_size
+    grid[:3, 3] = centre - grid[:3, :3] @ ((np.array(grid_shape) - 1) / 2)
+    return grid
+
+
+def resample_to_grid(data, affine, grid, grid_shape):
+    """A volume (any shape) on the network grid, trilinear; 0 outside.
+
+    Where the grid is coarser than the volume, a Gaussian filter comes first, so that nothing falls between two
+    samples (width: Cardoso et al. 2015, doi 10.1007/978-3-319-24571-3_81, which matches the voxels' extents).
+    """
+    to_volume = np.linalg.inv(affine) @ grid
+    if data.shape == tuple(grid_shape) and np.allclose(to_volume, np.eye(4), atol=1e-4):
+        return data
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    ratio = np.linalg.norm(grid[:3, 0]) / spacing
+    sigma = np.sqrt(np.maximum(ratio**2 - 1, 0)) / (2 * np.sqrt(2 * np.log(2)))
+    smooth = ndimage.gaussian_filter(data, sigma, mode="nearest") if sigma.any() else data
+    return ndimage.affine_transform(
+        smooth, to_volume[:3, :3], to_volume[:3, 3], tuple(grid_shape), order=1, mode="grid-constant"
+    )
+
+
+def to_unit_range(image):
+    """Intensities to 0..1 between the 0.5th and 99.5th percentile."""
+    low, high = np.percentile(image, [0.5, 99.5])
+    if low == high:
+        low, high = image.min(), image.max()
+    return np.clip((image - low) / (high - low), 0, 1)
+
+
+def to_network(image, affine, grid_shape, voxel_size, labels=None):
+    """An image and its labels on the network grid: (X, Y, Z, 1) in 0..1, (X, Y, Z, L) or None, grid matrix (4, 4)."""
+    grid = network_grid(affine, image.shape, grid_shape, voxel_size)
+    image = resample_to_grid(to_unit_range(image), affine, grid, grid_shape)[..., None]
+    if labels is not None:
+        labels = [resample_to_grid(label, affine, grid, grid_shape) for label in np.moveaxis(labels, -1, 0)]
+        labels = np.stack(labels, axis=-1)
+    return image, labels, grid
+
+
+# -- Batches -------------------------------------------------------------------------------------------------------
+
+
+class PreparedPairs:
+    """Every pair of a data set, checked and resampled once, then kept as one small file each in a scratch folder.
+
+    The operating system's file cache holds what fits in memory; the rest streams from disk. So a thousand pairs train
+    in the memory of a few. Images are kept as float16, labels as uint8 (255 = 1).
+    """
+
+    def __init__(self, pairs, fixed_shape, moving_shape, voxel_size, title="reading"):
+        self.pairs = pairs
+        self.scratch = tempfile.TemporaryDirectory(prefix="prepared-pairs-")  # removed with this object
+        self.label_counts, problems = [], []
+        for number, pair in enumerate(tqdm(pairs, title, unit="pair", disable=None)):
+            try:
+                case = read_case(pair)
+            except InputError as error:
+                problems.append(str(error))
+                continue
+            moving, moving_labels, _ = to_network(
+                case.moving_image, case.moving_affine, moving_shape, voxel_size, case.moving_labels
+            )
+            fixed, fixed_labels, _ = to_network(
+                case.fixed_image, case.fixed_affine, fixed_shape, voxel_size, case.fixed_labels
+            )
+            self.label_counts.append(fixed_labels.shape[-1])
+            np.savez(
+                self._file(number),
+                moving_image=moving.astype(np.float16),
+                fixed_image=fixed.astype(np.float16),
+                moving_labels=np.round(moving_labels * 255).astype(np.uint8),
+                fixed_labels=np.round(fixed_labels * 255).astype(np.uint8),
+            )
+        if problems:
+            raise InputError("\n".join(problems))
+
+    def _file(self, number):
+        return os.path.join(self.scratch.name, f"{number}.npz")
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, number):
+        with np.load(self._file(number)) as arrays:
+            return dict(arrays)
+
+
+def sample_batch(prepared, step, batch_size, labels_per_pair, cross_patient, seed):
+    """Batch number `step`: a pure function of its arguments, so any run can be continued or repeated.
+
+    Two-stage sampling (Hu et al. 2018, section 2.4): first the pairs, then labels of each. A share of the pairs takes
+    its moving volume from another patient; those have only the gland, label 0, in common (after Fu et al. 2021,
+    arXiv 2102.04938). Returns float16 images, uint8 labels (B, ..., L) and mask (B, L), 1 where a label is present.
+    """
+    rng = np.random.default_rng([seed, step])
+    patients = np.array([pair.patient for pair in prepared.pairs])
+    batch = []
+    for number in rng.integers(len(prepared), size=batch_size):
+        arrays = prepared[number]
+        chosen = np.arange(prepared.label_counts[number])
+        others = np.flatnonzero(patients != patients[number])
+        if others.size and rng.random() < cross_patient:
+            other = prepared[rng.choice(others)]
+            arrays |= {"moving_image": other["moving_image"], "moving_labels": other["moving_labels"]}
+            chosen = chosen[:1]
+        elif labels_per_pair:
+            chosen = rng.permutation(chosen)[:labels_per_pair]
+        batch.append(choose_labels(arrays, chosen, labels_per_pair or max(prepared.label_counts)))
+    return {name: np.stack([arrays[name] for arrays in batch]) for name in batch[0]}
+
+
+def whole_pair(prepared, number):
+    """One pair with all of its labels, as a batch of one."""
+    count = prepared.label_counts[number]
+    arrays = choose_labels(prepared[number], np.arange(count), max(prepared.label_counts))
+    return {name: array[None] for name, array in arrays.items()}
+
+
+def choose_labels(arrays, chosen, size):
+    """The chosen labels of a pair, filled up with empty ones to `size`, and the mask (size,) of those in view."""
+    result = dict(arrays)
+    for name in ("moving_labels", "fixed_labels"):
+        result[name] = np.zeros((*arrays[name].shape[:3], size), np.uint8)
+        result[name][..., : len(chosen)] = arrays[name][..., chosen]
+    seen = (result["moving_labels"].max((0, 1, 2)) > 0) & (result["fixed_labels"].max((0, 1, 2)) > 0)
+    return {**result, "mask": seen.astype(np.float32)}
+
+
+# -- Full resolution -----------------------------------------------------------------------------------------------
+
+
+def displacement_on(shape, affine, ddf, fixed_grid, moving_grid, offset):
+    """The network's DDF as displacement y - x in mm (RAS) at every voxel of the fixed image.
+
+    shape, affine: the fixed image's own grid; ddf: (X, Y, Z, 3) voxels; fixed_grid, moving_grid: (4, 4) voxel to
+    world; offset: (3,). A fixed point x lies at j = inv(fixed_grid) x and goes to y = moving_grid (j + offset + ddf(j)).
+    Beyond the network grid the DDF keeps its border value.
+    """
+    to_grid = np.linalg.inv(fixed_grid) @ affine
+    j_ddf = [
+        ndimage.affine_transform(ddf[..., k], to_grid[:3, :3], to_grid[:3, 3], shape, order=1, mode="nearest")
+        for k in range(3)
+    ]
+    # y - x is affine in the voxel index but for the DDF: (moving_grid (to_grid i + offset) - affine i) + moving_grid ddf.
+    shift = np.eye(4)
+    shift[:3, 3] = offset
+    rest = moving_grid @ shift @ to_grid - affine
+    result = np.stack(j_ddf, axis=-1) @ moving_grid[:3, :3].T.astype(np.float32)
+    return result + voxel_to_world(shape, rest)
+
+
+def voxel_to_world(shape, affine):
+    """Affine map of every voxel index of a grid: (X, Y, Z, 3) float32."""
+    axes = [np.arange(n, dtype=np.float32) for n in shape]
+    points = sum(
+        axis.reshape([-1 if k == n else 1 for n in range(3)] + [1]) * affine[:3, k].astype(np.float32)
+        for k, axis in enumerate(axes)
+    )
+    return points + affine[:3, 3].astype(np.float32)
+
+
+def warp_volume(volume, affine, displacement, fixed_affine):
+    """Resample a volume (its own grid, matrix `affine`) once, at x + displacement(x) for every fixed voxel x.
+
+    Trilinear; 0 more than half a voxel outside, which is also ITK's rule.
+    """
+    world = displacement + voxel_to_world(displacement.shape[:3], fixed_affine)
+    inverse = np.linalg.inv(affine)
+    points = np.moveaxis(world @ inverse[:3, :3].T.astype(np.float32) + inverse[:3, 3].astype(np.float32), -1, 0)
+    warped = ndimage.map_coordinates(volume, points, order=1, mode="nearest")
+    size = np.array(volume.shape).reshape(3, 1, 1, 1)
+    return np.where(((points >= -0.5) & (points <= size - 0.5)).all(axis=0), warped, 0)
+
+
+def warp_labels(labels, *grids):
+    """`warp_volume` for each of the labels (MX, MY, MZ, L): linear, so the 0.5 surface is smooth."""
+    return np.stack([warp_volume(label, *grids) for label in np.moveaxis(labels, -1, 0)], axis=-1)
+
+
+def nearest(volume, affine, shape, other_affine):
+    """A volume at the voxels of another grid in the same world, nearest neighbour; 0 outside."""
+    matrix = np.linalg.inv(affine) @ other_affine
+    return ndimage.affine_transform(volume, matrix[:3, :3], matrix[:3, 3], shape, order=0)
+
+
+# -- Write ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def written_aside(path):
+    """A temporary path beside `path`, renamed to it once the block has ended well."""
+    path = Path(path)
+    aside = path.with_name(f".unfinished-{path.name}")
+    try:
+        yield aside
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def make_folder(path):
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written to ({error.strerror}); expected a folder of yours") from None
+    return Path(path)
+
+
+def write_nifti(path, data, affine, intent="none"):
+    image = nib.Nifti1Image(data, affine)
+    image.header.set_intent(intent)
+    image.header.set_xyzt_units("mm")
+    image.set_sform(affine, code=1)
+    image.set_qform(affine, code=1)
+    with written_aside(path) as aside:
+        nib.save(image, aside)
+
+
+def write_displacement(path, displacement, affine):
+    """Displacement (X, Y, Z, 3) in mm RAS as the vector image that ITK, ANTs, SimpleITK and 3D Slicer read.
+
+    That is NIfTI of shape (X, Y, Z, 1, 3), intent 1007 (vector), components in LPS.
+    """
+    lps = displacement * np.array([-1, -1, 1], np.float32)
+    write_nifti(path, lps[:, :, :, None, :].astype(np.float32), affine, intent="vector")
+
+
+def read_displacement(path):
+    """Inverse of write_displacement: (X, Y, Z, 3) mm, RAS."""
+    data, affine = read_nifti(path)
+    return data[:, :, :, 0, :] * np.array([-1, -1, 1], np.float32), affine
+
+
+def write_csv(path, rows):
+    with written_aside(path) as aside, open(aside, "w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def save_weights(network, path):
+    with written_aside(path) as aside:
+        network.save_weights(aside)
+
+
+# -- Pictures ------------------------------------------------------------------------------------------------------
+
+
+def plot_history(path, history):
+    """Loss, Dice and TRE against the step, training and validation."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
+    steps = [row["step"] for row in history]
+    titles = {"loss": "loss", "dice": "Dice, all labels", "tre": "centroid distance, all labels (mm)"}
+    for axis, (name, title) in zip(axes, titles.items(), strict=True):
+        for prefix, label in (("", "training (augmented)"), ("valid_", "validation")):
+            if prefix + name in history[0]:
+                axis.plot(steps, [row[prefix + name] for row in history], ".-", label=label)
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    with written_aside(path) as aside:
+        figure.savefig(aside, dpi=100)
+    plt.close(figure)
+
+
+def plot_overview(path, title, fixed, warped, affine, labels, ddf, voxel_size):
+    """Three orthogonal slices: fixed, moving before, moving after, and the deformation grid.
+
+    fixed and warped["before"], ["after"]: (X, Y, Z) on the fixed image's own grid; labels: empty, or (X, Y, Z, L)
+    arrays under "fixed", "before", "after"; ddf: (X, Y, Z, 3) voxels of `voxel_size` mm. Axes are mm from the centre, right-anterior-superior.
+    """
+    volumes = {name: canonical(v, affine) for name, v in {"fixed": fixed, **warped}.items()}
+    labels = {name: canonical(v, affine) for name, v in labels.items()}
+    spacing = np.linalg.norm(nib.as_closest_canonical(nib.Nifti1Image(fixed, affine)).affine[:3, :3], axis=0)
+    size = np.array(volumes["fixed"].shape)
+    centre = (size - 1) / 2
+    focus = np.round(ndimage.center_of_mass(labels["fixed"][..., 0]) if labels else centre).astype(int)
+    points = (np.moveaxis(np.indices(ddf.shape[:3]), 0, -1) - (np.array(ddf.shape[:3]) - 1) / 2 + ddf) * voxel_size
+
+    figure, axes = plt.subplots(3, 4, figsize=(13, 10), layout="constrained")
+    figure.suptitle(title)
+    columns = {"fixed": "fixed image", "before": "moving image, before", "after": "moving image, warped", "grid": "deformation of the fixed grid"}
+    for row, (name, normal) in enumerate((("axial", 2), ("coronal", 1), ("sagittal", 0))):
+        u, v = (k for k in range(3) if k != normal)
+        extent = [w * s * size[k] / 2 for k, s in ((u, spacing[u]), (v, spacing[v])) for w in (-1, 1)]
+        for axis, (column, heading) in zip(axes[row], columns.items(), strict=True):
+            shown = volumes.get(column, volumes["fixed"])
+            axis.imshow(
+                np.take(shown, focus[normal], normal).T, cmap="gray", origin="lower", extent=extent,
+                vmin=0, vmax=np.percentile(shown, 99.8), alpha=0.5 if column == "grid" else 1,
+            )  # fmt: skip
+            axis.set(xticks=[], yticks=[], xlim=extent[:2], ylim=extent[2:], aspect="equal")
+            if row == 0:
+                axis.set_title(heading)
+        axes[row, 0].set_ylabel(name)
+        for column, axis in zip(columns, axes[row, :3], strict=False):
+            for kind, colour, style in (("fixed", "#33dd77", "-"), (column, "#ffaa22", "--")):
+                for label in np.moveaxis(labels.get(kind, np.zeros((*size, 0))), -1, 0):
+                    cut = np.take(label, focus[normal], normal).T
+                    if (kind, colour) != ("fixed", "#ffaa22") and cut.max() > 0.5:
+                        axis.contour(cut, [0.5], colors=colour, linestyles=style, linewidths=1.2, extent=extent)
+        depth = round((focus[normal] - centre[normal]) * spacing[normal] / voxel_size + (ddf.shape[normal] - 1) / 2)
+        plane = np.take(points, np.clip(depth, 0, ddf.shape[normal] - 1), normal)[..., [u, v]]
+        lines = [*plane, *np.swapaxes(plane, 0, 1)]
+        axes[row, 3].add_collection(LineCollection(lines, colors="#3388ff", linewidths=0.7))
+    if labels:
+        handles = [Line2D([], [], color="#33dd77", label="fixed labels"), Line2D([], [], color="#ffaa22", ls="--", label="moving labels")]
+        figure.legend(handles=handles, loc="outside lower center", ncols=2)
+    with written_aside(path) as aside:
+        figure.savefig(aside, dpi=80)
+    plt.close(figure)
+
+
+def canonical(volume, affine):
+    """A volume's voxels in the axis order and direction nearest to RAS+."""
+    return nib.as_closest_canonical(nib.Nifti1Image(volume, affine)).get_fdata(dtype=np.float32)
+
+
+def load_weights(network, path):
+    try:
+        network.load_weights(path)
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing; expected weights that train.py wrote") from None
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: found weights that do not fit ({reason}); expected those of this network") from None

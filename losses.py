@@ -1,0 +1,110 @@
+"""Losses: label similarity at several scales, and deformation regularisers. Pure functions of their arguments.
+
+README, "Label similarity measures" and "Deformation regularisation".
+"""
+
+import tensorflow as tf
+
+from utils import apply_along_axes, gaussian_matrix
+
+EPSILON = 1e-6  # keeps an empty label at a finite loss: 1 for the overlap measures
+
+# -- Label similarity measures: two labels (B, X, Y, Z, L) in [0, 1] -> one dissimilarity per label (B, L) ---------
+
+
+def dice(warped, fixed):
+    """1 - soft Dice with squared sums (Milletari et al. 2016, section 3), in [0, 1].
+
+    With squared sums two equal labels score 0 at every scale, so a smoothed label can still be matched perfectly;
+    plain sums would leave a large constant, and next to no gradient, at the wide scales.
+    """
+    overlap = tf.reduce_sum(warped * fixed, [1, 2, 3])
+    total = tf.reduce_sum(warped**2, [1, 2, 3]) + tf.reduce_sum(fixed**2, [1, 2, 3])
+    return 1 - 2 * overlap / (total + EPSILON)
+
+
+def jaccard(warped, fixed):
+    """1 - soft Jaccard index (intersection over union) with squared sums, in [0, 1]."""
+    overlap = tf.reduce_sum(warped * fixed, [1, 2, 3])
+    total = tf.reduce_sum(warped**2, [1, 2, 3]) + tf.reduce_sum(fixed**2, [1, 2, 3])
+    return 1 - overlap / (total - overlap + EPSILON)
+
+
+def cross_entropy(warped, fixed):
+    """Mean binary cross-entropy over voxels, the fixed label as the target probability."""
+    p = tf.clip_by_value(warped, EPSILON, 1 - EPSILON)
+    return -tf.reduce_mean(fixed * tf.math.log(p) + (1 - fixed) * tf.math.log(1 - p), [1, 2, 3])
+
+
+def mean_squared(warped, fixed):
+    """Mean squared difference over voxels."""
+    return tf.reduce_mean((warped - fixed) ** 2, [1, 2, 3])
+
+
+SIMILARITIES = {"dice": dice, "jaccard": jaccard, "cross-entropy": cross_entropy, "mean-squared": mean_squared}
+
+
+def multi_scale(similarity, warped, fixed, scales):
+    """Mean of a similarity over Gaussian-smoothed copies of both labels (Hu et al. 2018, section 2.3).
+
+    scales: standard deviations in voxels, 0 = the label as it is. Returns (B, L).
+    """
+    values = []
+    for sigma in scales:
+        if sigma > 0:
+            filters = [gaussian_matrix(n, sigma) for n in fixed.shape[1:4]]
+            values.append(similarity(apply_along_axes(warped, filters), apply_along_axes(fixed, filters)))
+        else:
+            values.append(similarity(warped, fixed))
+    return tf.add_n(values) / len(values)
+
+
+def mean_over_labels(values, mask):
+    """Mean over the labels that a pair has, then over pairs. values, mask: (B, L), mask 1 = present. Scalar."""
+    per_pair = tf.reduce_sum(values * mask, 1) / tf.maximum(tf.reduce_sum(mask, 1), 1)
+    return tf.reduce_mean(per_pair)
+
+
+# -- Deformation regularisation: ddf (B, X, Y, Z, 3) in voxels -> scalar -------------------------------------------
+
+
+def shifted(ddf, x, y, z):
+    """The interior of the field, seen one voxel further along the named directions (each -1, 0 or 1)."""
+    nx, ny, nz = ddf.shape[1:4]
+    return ddf[:, 1 + x : nx - 1 + x, 1 + y : ny - 1 + y, 1 + z : nz - 1 + z]
+
+
+def displacement_gradient(ddf):
+    """Central differences along X, Y, Z of the interior: three tensors (B, X-2, Y-2, Z-2, 3), voxel per voxel."""
+    dx = (shifted(ddf, 1, 0, 0) - shifted(ddf, -1, 0, 0)) / 2
+    dy = (shifted(ddf, 0, 1, 0) - shifted(ddf, 0, -1, 0)) / 2
+    dz = (shifted(ddf, 0, 0, 1) - shifted(ddf, 0, 0, -1)) / 2
+    return dx, dy, dz
+
+
+def gradient_l1(ddf):
+    """Mean over voxels and components of |dx| + |dy| + |dz|."""
+    return tf.reduce_mean(tf.add_n([tf.abs(d) for d in displacement_gradient(ddf)]))
+
+
+def gradient_l2(ddf):
+    """Mean over voxels and components of dx^2 + dy^2 + dz^2."""
+    return tf.reduce_mean(tf.add_n([d**2 for d in displacement_gradient(ddf)]))
+
+
+def bending_energy(ddf):
+    """Mean over voxels and components of the squared second derivatives (Rueckert et al. 1999, eq. 3).
+
+    Zero for every affine field, so shift, rotation and scale cost nothing.
+    """
+    here = 2 * shifted(ddf, 0, 0, 0)
+    dxx = shifted(ddf, 1, 0, 0) - here + shifted(ddf, -1, 0, 0)
+    dyy = shifted(ddf, 0, 1, 0) - here + shifted(ddf, 0, -1, 0)
+    dzz = shifted(ddf, 0, 0, 1) - here + shifted(ddf, 0, 0, -1)
+    dxy = (shifted(ddf, 1, 1, 0) - shifted(ddf, 1, -1, 0) - shifted(ddf, -1, 1, 0) + shifted(ddf, -1, -1, 0)) / 4
+    dxz = (shifted(ddf, 1, 0, 1) - shifted(ddf, 1, 0, -1) - shifted(ddf, -1, 0, 1) + shifted(ddf, -1, 0, -1)) / 4
+    dyz = (shifted(ddf, 0, 1, 1) - shifted(ddf, 0, 1, -1) - shifted(ddf, 0, -1, 1) + shifted(ddf, 0, -1, -1)) / 4
+    return tf.reduce_mean(dxx**2 + dyy**2 + dzz**2 + 2 * (dxy**2 + dxz**2 + dyz**2))
+
+
+REGULARISERS = {"bending": bending_energy, "gradient-l2": gradient_l2, "gradient-l1": gradient_l1}

@@ -1,0 +1,155 @@
+"""Networks: a moving and a fixed image in, a dense displacement field (DDF) out. No network ever sees a label.
+
+All three are Keras models of one signature: [moving (B, MX, MY, MZ, 1), fixed (B, X, Y, Z, 1)] -> ddf (B, X, Y, Z, 3)
+in voxels. Their last layers start at zero, so training starts from no deformation.
+README, "Networks"; Hu et al. 2018 (doi 10.1016/j.media.2018.07.002), section 2.2; Hu et al. 2018 (arXiv 1711.01666).
+"""
+
+import os
+
+import keras
+import tensorflow as tf
+from keras import layers
+
+from utils import moving_offset, reference_grid, resample, resize, transform_points
+
+NORM = os.environ.get("NORM", "none")
+
+# -- Blocks --------------------------------------------------------------------------------------------------------
+
+
+class InstanceNorm(layers.Layer):
+    def build(self, shape):
+        self.scale = self.add_weight(shape=(shape[-1],), initializer="ones")
+        self.offset = self.add_weight(shape=(shape[-1],), initializer="zeros")
+
+    def call(self, x):
+        if NORM == "none":
+            return x + self.offset
+        m, v = tf.nn.moments(x, [1, 2, 3] if NORM == "inst" else [1, 2, 3, 4], keepdims=True)
+        return tf.nn.batch_normalization(x, m, v, self.offset, self.scale, 1e-3)
+
+
+def conv(x, channels, kernel=3):
+    return layers.Conv3D(channels, kernel, padding="same", use_bias=False, kernel_initializer="he_normal")(x)
+
+
+def activation(x):
+    return layers.LeakyReLU(0.1)(x)
+
+
+def conv_block(x, channels, kernel=3):
+    return activation(InstanceNorm()(conv(x, channels, kernel)))
+
+
+def shortcut_block(x):
+    """Two convolutions around which the input is carried and added."""
+    y = conv_block(x, x.shape[-1])
+    y = InstanceNorm()(conv(y, x.shape[-1]))
+    return activation(x + y)
+
+
+def encoder(x, channels, first_kernel):
+    """Residual down blocks, each at half the size and twice the channels of the last: levels 0 (finest) to 4."""
+    levels = []
+    for level in range(5):
+        x = shortcut_block(conv_block(x, channels * 2**level, first_kernel if level == 0 else 3))
+        levels.append(x)
+        x = layers.MaxPool3D(2, padding="same")(x)
+    return levels
+
+
+def up_block(x, skip):
+    """Double the size, halve the channels, add what the encoder kept at this level.
+
+    Additive upsampling (Hu et al. 2018): sums of channel pairs, which need no weights, beside a learned 1x1x1 mix.
+    """
+    pairs = layers.Lambda(lambda v: v[..., ::2] + v[..., 1::2])(x)
+    x = upsample(pairs + conv(x, skip.shape[-1], kernel=1), skip.shape[1:4])
+    return shortcut_block(x + skip)
+
+
+def upsample(x, shape):
+    return layers.Lambda(lambda v: resize(v, shape))(x)
+
+
+def ddf_head(x):
+    """Features -> three displacement components, zero at first.
+
+    Adam moves every weight alike, so a sum over n inputs would move sqrt(n) to n times as fast; the factor holds back.
+    """
+    weights_per_output = 27 * x.shape[-1]
+    return layers.Conv3D(3, 3, padding="same", kernel_initializer="zeros")(x * weights_per_output**-0.5)
+
+
+def standardise(image):
+    """Zero mean and unit variance of each volume: the scanner's brightness and contrast fall away."""
+    mean, variance = tf.nn.moments(image, [1, 2, 3, 4], keepdims=True)
+    return (image - mean) * tf.math.rsqrt(variance + 1e-6)
+
+
+# -- Networks ------------------------------------------------------------------------------------------------------
+
+
+def local_ddf(moving, fixed, channels, first_kernel, ddf_levels):
+    """LocalNet: two images (B, X, Y, Z, 1) on the fixed grid -> ddf.
+
+    An encoder, a decoder with skip connections, and at each of `ddf_levels` a small DDF. They are summed from coarse
+    to fine, all in voxels of level 0.
+    """
+    levels = encoder(layers.Concatenate()([moving, fixed]), channels, first_kernel)
+    x = levels[4]
+    ddf = ddf_head(x) if 4 in ddf_levels else None
+    for level in (3, 2, 1, 0):
+        if ddf is not None:
+            ddf = upsample(ddf, levels[level].shape[1:4])
+        if level >= min(ddf_levels):  # the decoder ends where the last DDF is read
+            x = up_block(x, levels[level])
+        if level in ddf_levels:
+            ddf = ddf_head(x) if ddf is None else ddf + ddf_head(x)
+    return ddf
+
+
+def global_affine(moving, fixed, channels, first_kernel):
+    """GlobalNet: two images (B, X, Y, Z, 1) on the fixed grid -> affine (B, 3, 4) about the centre of the fixed grid."""
+    shape = fixed.shape[1:4]
+    x = encoder(layers.Concatenate()([moving, fixed]), channels, first_kernel)[4]
+    entries = layers.Dense(12, kernel_initializer="zeros")(layers.Flatten()(x))
+
+    def to_affine(entries):
+        # Entries are voxels: of shift in the last column, of motion at the volume's border in the others.
+        border = tf.constant([[n / 2 for n in shape] + [1.0]])
+        return tf.reshape(entries, [-1, 3, 4]) / border + tf.eye(3, 4)
+
+    return layers.Lambda(to_affine)(entries)
+
+
+def build_network(network, moving_shape, fixed_shape, channels, global_channels, first_kernel, ddf_levels):
+    """The Keras model of "local", "global" or "composite" for the two grids."""
+    moving_image = layers.Input((*moving_shape, 1))
+    fixed_image = layers.Input((*fixed_shape, 1))
+    moving, fixed = layers.Lambda(standardise)(moving_image), layers.Lambda(standardise)(fixed_image)
+    grid = reference_grid(fixed_shape)[None]
+    offset = moving_offset(moving_shape, fixed_shape)
+
+    def on_fixed_grid(volume):  # the moving image as a DDF of zero would warp it
+        return resample(volume, tf.repeat(grid + offset, tf.shape(volume)[0], axis=0))
+
+    def apply_affine(affine, points=grid):
+        return transform_points(points, affine, fixed_shape)
+
+    aligned = layers.Lambda(on_fixed_grid)(moving)
+    if network == "local":
+        return keras.Model([moving_image, fixed_image], local_ddf(aligned, fixed, channels, first_kernel, ddf_levels))
+
+    affine = global_affine(aligned, fixed, global_channels, first_kernel)
+    if network == "global":
+        ddf = layers.Lambda(lambda a: apply_affine(a) - grid)(affine)
+        return keras.Model([moving_image, fixed_image], ddf)
+
+    # Composite: the affine first; the local network then sees the moving image that it warped. A fixed point goes
+    # through the local DDF, then through the affine: i -> A (i + local(i)).
+    warped = layers.Lambda(lambda v: resample(v[0], apply_affine(v[1]) + offset))([moving, affine])
+    local = local_ddf(warped, fixed, channels, first_kernel, ddf_levels)
+    ddf = layers.Lambda(lambda v: apply_affine(v[1], grid + v[0]) - grid)([local, affine])
+    return keras.Model([moving_image, fixed_image], ddf)

@@ -1,0 +1,158 @@
+"""Train a registration network: images in, a displacement field out; labels appear in the loss alone.
+
+    python train.py                          on the example data, which are made first if they are missing
+    python train.py --train_dir FOLDER       on your own pairs (README, "Your own data")
+    python train.py --help                   every setting
+
+Writes to --model_dir: config.json, best.weights.h5, last.weights.h5, history.csv, history.png, TensorBoard events.
+"""
+
+import config as settings  # first: it prepares TensorFlow's environment
+
+# isort: split
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+import tensorflow as tf
+from tqdm import tqdm
+
+import helpers
+from losses import REGULARISERS, SIMILARITIES, mean_over_labels, multi_scale
+from networks import build_network
+from utils import label_metrics, moving_offset, random_affine, random_gamma, reference_grid, resample, transform_points
+
+
+def main():
+    config = settings.parse_for_training()
+    keras.utils.set_random_seed(config.seed)
+    model_dir = helpers.make_folder(config.model_dir)
+
+    # -- Data: pairs of images, each pair with as many labels as it happens to have --------------------------------
+    if config.train_dir == settings.Config.train_dir and not Path(config.train_dir).exists():
+        subprocess.run([sys.executable, Path(__file__).parent / "data" / "make_example_data.py"], check=True)
+    train_pairs = helpers.find_pairs(config.train_dir)
+    if config.folds:
+        train_pairs, _ = helpers.split_fold(train_pairs, config.folds, config.fold)
+    valid_pairs = helpers.find_pairs(config.valid_dir) if config.valid_dir else []
+    grids = config.fixed_shape, config.moving_shape, config.voxel_size
+    train_set = helpers.PreparedPairs(train_pairs, *grids, title="reading training pairs")
+    valid_set = helpers.PreparedPairs(valid_pairs, *grids, title="reading validation pairs")
+
+    def batches():
+        for step in range(config.steps):
+            yield helpers.sample_batch(
+                train_set, step, config.batch_size, config.labels_per_pair, config.cross_patient, config.seed
+            )
+
+    signature = {name: tf.TensorSpec(array.shape, array.dtype) for name, array in next(batches()).items()}
+    dataset = tf.data.Dataset.from_generator(batches, output_signature=signature).prefetch(4)
+
+    # -- Network: it never sees a label ----------------------------------------------------------------------------
+    network = build_network(**settings.network_settings(config))
+    schedule = keras.optimizers.schedules.CosineDecay(
+        config.learning_rate / 20,
+        max(config.steps - config.steps // 10, 1),
+        warmup_target=config.learning_rate,
+        warmup_steps=config.steps // 10,
+    )
+    optimizer = keras.optimizers.Adam(schedule, global_clipnorm=1.0)
+
+    # -- One step: augment, predict, warp the labels, compare, descend ---------------------------------------------
+    fixed_grid, moving_grid = reference_grid(config.fixed_shape), reference_grid(config.moving_shape)
+    offset = moving_offset(config.moving_shape, config.fixed_shape)
+    on_gpu = bool(tf.config.list_physical_devices("GPU"))
+
+    @tf.function(jit_compile=True)
+    def augment(moving_image, fixed_image, fixed_labels, moving_affine, fixed_affine):
+        """The pair as if it had been scanned in another position: both images and the fixed labels, resampled."""
+        moving_points = transform_points(moving_grid[None], moving_affine, config.moving_shape)
+        fixed_points = transform_points(fixed_grid[None], fixed_affine, config.fixed_shape)
+        fixed = resample(tf.concat([fixed_image, fixed_labels], axis=-1), fixed_points)
+        return resample(moving_image, moving_points), fixed[..., :1], fixed[..., 1:]
+
+    @tf.function(jit_compile=True)  # XLA fuses these many small steps; the convolutions must stay out of it on a CPU
+    def compare(ddf, moving_labels, fixed_labels, mask, moving_affine):
+        """Warp the moving labels, one resampling through DDF and augmentation together, and compare with the fixed."""
+        points = transform_points(fixed_grid + offset + ddf, moving_affine, config.moving_shape)
+        warped_labels = resample(moving_labels, points)
+        similarities = multi_scale(SIMILARITIES[config.similarity], warped_labels, fixed_labels, config.similarity_scales)
+        similarity = mean_over_labels(similarities, mask)
+        regulariser = REGULARISERS[config.regulariser](ddf)
+        dice, distance = label_metrics(tf.stop_gradient(warped_labels), fixed_labels)
+        return {
+            "loss": similarity + config.regulariser_weight * regulariser,
+            "similarity": similarity,
+            "regulariser": regulariser,
+            "dice": mean_over_labels(dice, mask),
+            "tre": mean_over_labels(distance, mask) * config.voxel_size,
+        }
+
+    @tf.function(jit_compile=on_gpu)
+    def train_step(batch, step):
+        images_and_labels = (tf.cast(batch[n], tf.float32) for n in ("moving_image", "fixed_image", "moving_labels", "fixed_labels"))
+        moving_image, fixed_image, moving_labels, fixed_labels = images_and_labels
+        seeds = tf.stack([[config.seed, step * 5 + k] for k in range(5)])
+        side = tf.where(tf.random.stateless_uniform([config.batch_size], seeds[0]) < 0.5, -1.0, 1.0)
+        size, mirroring = config.affine_augmentation, (side, config.mirror_axis)
+        moving_affine = random_affine(seeds[1], config.batch_size, config.moving_shape, size, *mirroring)
+        fixed_affine = random_affine(seeds[2], config.batch_size, config.fixed_shape, size, *mirroring)
+        moving_image, fixed_image, fixed_labels = augment(
+            moving_image, fixed_image, fixed_labels / 255, moving_affine, fixed_affine
+        )
+        moving_image = random_gamma(moving_image, seeds[3], config.intensity_augmentation)
+        fixed_image = random_gamma(fixed_image, seeds[4], config.intensity_augmentation)
+        with tf.GradientTape() as tape:
+            ddf = network([moving_image, fixed_image], training=True)
+            result = compare(ddf, moving_labels / 255, fixed_labels, batch["mask"], moving_affine)
+        gradients = tape.gradient(result["loss"], network.trainable_variables)
+        optimizer.apply_gradients(zip(gradients, network.trainable_variables, strict=True))
+        return result
+
+    @tf.function
+    def valid_step(batch):
+        ddf = network([tf.cast(batch["moving_image"], tf.float32), tf.cast(batch["fixed_image"], tf.float32)])
+        moving_labels, fixed_labels = (tf.cast(batch[n], tf.float32) / 255 for n in ("moving_labels", "fixed_labels"))
+        return compare(ddf, moving_labels, fixed_labels, batch["mask"], tf.eye(3, 4)[None])
+
+    # -- Optimise: sample, step, report, validate, save ------------------------------------------------------------
+    settings.save(config, model_dir / settings.CONFIG_NAME)
+    events = tf.summary.create_file_writer(str(model_dir))
+    history, recent, best_loss, start = [], [], float("inf"), time.time()
+    progress = tqdm(dataset, "training", config.steps, unit="step", disable=None)
+    for step, batch in enumerate(progress, start=1):
+        result = {name: float(value) for name, value in train_step(batch, tf.constant(step)).items()}
+        recent.append(result)
+        progress.set_postfix({name: f"{value:.3f}" for name, value in result.items()}, refresh=False)
+        if step % config.valid_every and step < config.steps:
+            continue
+        row = {"step": step, "minutes": round((time.time() - start) / 60, 2), **mean_of(recent)}
+        if valid_pairs:
+            results = [valid_step(helpers.whole_pair(valid_set, number)) for number in range(len(valid_set))]
+            row |= {f"valid_{name}": value for name, value in mean_of(results).items()}
+        history.append(row)
+        recent = []
+        helpers.write_csv(model_dir / "history.csv", history)
+        helpers.plot_history(model_dir / "history.png", history)
+        with events.as_default(step):
+            for name, value in row.items():
+                tf.summary.scalar(name, value)
+        helpers.save_weights(network, model_dir / settings.LAST_NAME)
+        if not valid_pairs or row["valid_loss"] < best_loss:  # without validation the last weights are the best known
+            best_loss = row.get("valid_loss", best_loss)
+            helpers.save_weights(network, model_dir / settings.BEST_NAME)
+        tqdm.write(", ".join(f"{name} {value:.3g}" for name, value in row.items()))
+    events.close()
+    print(f"trained in {row['minutes']:.1f} minutes; next: python inference.py --model_dir {model_dir}")
+
+
+def mean_of(results):
+    """Mean of each entry over a list of dictionaries."""
+    return {name: round(float(np.mean([r[name] for r in results])), 5) for name in results[0]}
+
+
+if __name__ == "__main__":
+    settings.run(main)

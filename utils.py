@@ -1,0 +1,179 @@
+"""Coordinates and metrics: reference grids, affine transforms, resampling, warping; Dice, TRE, HD95, folding.
+
+Shapes: B batch; X, Y, Z fixed grid; MX, MY, MZ moving grid; L labels; C channels. Coordinates and displacements are in
+voxels, in index order ("ij"), unless a name or docstring says mm. See README, "Multimodal image registration".
+"""
+
+import numpy as np
+import tensorflow as tf
+from scipy import ndimage
+
+# -- Coordinates ---------------------------------------------------------------------------------------------------
+
+
+def reference_grid(shape):
+    """Voxel index of every voxel: (X, Y, Z) -> (X, Y, Z, 3) float32."""
+    axes = [tf.range(n, dtype=tf.float32) for n in shape]
+    return tf.stack(tf.meshgrid(*axes, indexing="ij"), axis=-1)
+
+
+def transform_points(points, affine, shape):
+    """Apply affines about the centre of a volume: A (p - c) + t + c.
+
+    points: (B or 1, ..., 3) voxels; affine: (B, 3, 4), [A | t], t in voxels; shape: (X, Y, Z). Returns (B, ..., 3).
+    """
+    centre = (tf.constant(shape, tf.float32) - 1) / 2
+    flat = tf.reshape(points - centre, [tf.shape(points)[0], -1, 3])
+    moved = tf.matmul(flat, affine[:, :, :3], transpose_b=True) + affine[:, None, :, 3]
+    return tf.reshape(moved, [-1, *points.shape[1:]]) + centre
+
+
+def moving_offset(moving_shape, fixed_shape):
+    """Voxels from fixed index to moving index that put the two volume centres together: (3,)."""
+    return (np.array(moving_shape, np.float32) - np.array(fixed_shape, np.float32)) / 2
+
+
+# -- Resampling ----------------------------------------------------------------------------------------------------
+
+
+def resample(volume, points):
+    """Trilinear interpolation; the volume is zero outside, faded over the last half voxel's neighbour.
+
+    volume: (B, X, Y, Z, C); points: (B, ..., 3) voxels. Returns (B, ..., C). Differentiable in both.
+    """
+    batch, shape, channels = tf.shape(volume)[0], volume.shape[1:4], volume.shape[4]
+    flat_volume = tf.reshape(volume, [batch, -1, channels])
+    lower = tf.floor(tf.stop_gradient(points))
+    fraction = points - lower
+    index, weight = [], []  # per axis: (lower, upper) neighbour and its weight, 0 beyond the volume
+    for axis, size in enumerate(shape):
+        i = tf.cast(lower[..., axis], tf.int32)
+        f = fraction[..., axis]
+        inside = [tf.cast((j >= 0) & (j < size), f.dtype) for j in (i, i + 1)]
+        index.append([tf.clip_by_value(j, 0, size - 1) for j in (i, i + 1)])
+        weight.append([(1 - f) * inside[0], f * inside[1]])
+    result = 0.0
+    for a in (0, 1):
+        for b in (0, 1):
+            for c in (0, 1):
+                flat_index = (index[0][a] * shape[1] + index[1][b]) * shape[2] + index[2][c]
+                corner = tf.gather(flat_volume, flat_index, batch_dims=1)
+                result += corner * (weight[0][a] * weight[1][b] * weight[2][c])[..., None]
+    return result
+
+
+def apply_along_axes(volume, matrices):
+    """Multiply each spatial axis of (B, X, Y, Z, C) by its own (n_out, n_in) matrix; None leaves an axis alone.
+
+    A Gaussian filter and a trilinear resize are both of this kind: separable and linear. Small matrix products are
+    faster than a long one-channel convolution by an order of magnitude.
+    """
+    for axis, matrix in enumerate(matrices, start=1):
+        if matrix is None:
+            continue
+        shape = volume.shape.as_list()
+        before = tf.shape(volume)[0] * int(np.prod(shape[1:axis]))
+        after = int(np.prod(shape[axis + 1 :]))
+        volume = tf.matmul(tf.cast(matrix, volume.dtype), tf.reshape(volume, [before, shape[axis], after]))
+        volume = tf.reshape(volume, [-1, *shape[1:axis], matrix.shape[0], *shape[axis + 1 :]])
+    return volume
+
+
+def gaussian_matrix(size, sigma):
+    """(size, size) matrix of a Gaussian filter, sigma in voxels; each row sums to 1 also at the border."""
+    distance = np.arange(size)[:, None] - np.arange(size)[None, :]
+    weights = np.exp(-0.5 * (distance / sigma) ** 2)
+    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def resize_matrix(size_in, size_out):
+    """(size_out, size_in) matrix of linear interpolation, voxel edges aligned, constant beyond the outer centres."""
+    position = np.clip((np.arange(size_out) + 0.5) * size_in / size_out - 0.5, 0, size_in - 1)
+    hat = 1 - np.abs(position[:, None] - np.arange(size_in)[None, :])
+    return np.maximum(hat, 0).astype(np.float32)
+
+
+def resize(volume, shape):
+    """Trilinear resize of (B, X, Y, Z, C) to the given (X, Y, Z)."""
+    sizes = zip(volume.shape[1:4], shape, strict=True)
+    return apply_along_axes(volume, [None if n == m else resize_matrix(n, m) for n, m in sizes])
+
+
+# -- Augmentation --------------------------------------------------------------------------------------------------
+
+
+def random_affine(seed, batch_size, shape, amount, mirror, mirror_axis):
+    """Random affines about the centre, for `transform_points`: (B, 3, 4).
+
+    Every entry of the matrix departs from the identity by up to `amount`, and the shift is up to `amount` of half the
+    volume. mirror: (B,) +1 or -1, the sign along `mirror_axis` (-1 = none), so that both sides of a pair turn alike.
+    """
+    noise = tf.random.stateless_uniform([batch_size, 3, 4], seed, -amount, amount)
+    matrix = tf.eye(3) + noise[:, :, :3]
+    shift = noise[:, :, 3] * tf.constant(shape, tf.float32) / 2
+    if mirror_axis >= 0:
+        axis = tf.one_hot(mirror_axis, 3)
+        matrix *= (1 - axis + axis * mirror[:, None])[:, :, None]
+    return tf.concat([matrix, shift[..., None]], axis=-1)
+
+
+def random_gamma(image, seed, amount):
+    """Image (B, ...) in 0..1 to a random power of its own, with the logarithm up to +-amount."""
+    power = tf.exp(tf.random.stateless_uniform([tf.shape(image)[0], 1, 1, 1, 1], seed, -amount, amount))
+    return tf.clip_by_value(image, 1e-4, 1) ** power
+
+
+# -- Metrics in a training step ------------------------------------------------------------------------------------
+
+
+def label_metrics(warped, fixed):
+    """Dice of the labels cut at 0.5, and distance of their centroids in voxels; both (B, L).
+
+    The centroid of a label that has left the volume counts as voxel 0, a large distance rather than none.
+    """
+    grid = reference_grid(fixed.shape[1:4])
+    a, b = tf.cast(warped > 0.5, tf.float32), tf.cast(fixed > 0.5, tf.float32)
+    dice = 2 * tf.reduce_sum(a * b, [1, 2, 3]) / tf.maximum(tf.reduce_sum(a + b, [1, 2, 3]), 1e-6)
+    centroids = [
+        tf.einsum("bxyzl,xyzk->blk", label, grid) / tf.maximum(tf.reduce_sum(label, [1, 2, 3]), 1e-6)[..., None]
+        for label in (warped, fixed)
+    ]
+    return dice, tf.norm(centroids[0] - centroids[1], axis=-1)
+
+
+# -- Metrics of one case (NumPy) ---------------------------------------------------------------------------
+
+
+def dice_score(a, b):
+    """Dice overlap of two binary masks, 0 to 1; NaN where both are empty."""
+    total = a.sum() + b.sum()
+    return 2 * np.sum(a & b) / total if total else np.nan
+
+
+def centroid(label, affine):
+    """Centre of mass (3,) of a label (X, Y, Z) in [0, 1], through the matrix `affine` (4, 4); NaN for an empty label."""
+    total = label.sum(dtype=float)
+    if total < 1e-3:
+        return np.full(3, np.nan)
+    index = [np.arange(n) @ label.sum(axis=tuple({0, 1, 2} - {k}), dtype=float) / total for k, n in enumerate(label.shape)]
+    return affine[:3, :3] @ index + affine[:3, 3]
+
+
+def target_registration_error(warped, fixed, affine):
+    """Distance in mm between the centroids of a warped and a fixed landmark; NaN where one has left the volume."""
+    return np.linalg.norm(centroid(warped, affine) - centroid(fixed, affine))
+
+
+def hausdorff_95(a, b, spacing):
+    """The larger of the two directed 95th percentiles of the distance in mm between the surfaces of two masks."""
+    if not a.any() or not b.any():
+        return np.nan
+    surfaces = [mask & ~ndimage.binary_erosion(mask) for mask in (a, b)]
+    to_a, to_b = (ndimage.distance_transform_edt(~surface, sampling=spacing) for surface in surfaces)
+    return max(np.percentile(to_b[surfaces[0]], 95), np.percentile(to_a[surfaces[1]], 95))
+
+
+def jacobian_determinant(ddf):
+    """Determinant of d(i + ddf(i)) / di at every voxel: (X, Y, Z, 3) voxels -> (X, Y, Z). At or below 0 it folds."""
+    gradient = np.stack(np.gradient(ddf, axis=(0, 1, 2)), axis=-1)
+    return np.linalg.det(gradient + np.eye(3))
