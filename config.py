@@ -1,7 +1,7 @@
 """Every setting, its unit and its allowed values. Edit the defaults here, or name a field on the command line:
 
-    python train.py --steps 200 --network composite
-    python inference.py --moving mr.nii.gz --fixed us.nii.gz
+python train.py --steps 200 --network composite
+python inference.py --moving mr.nii.gz --fixed us.nii.gz
 """
 
 import argparse
@@ -15,10 +15,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-# Set before TensorFlow loads, which is why the scripts import this file first. On processors without AVX-512,
-# TensorFlow leaves oneDNN's 3D convolutions off; they are eight times faster than its own (README, "Speed").
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+def import_tensorflow():
+    """Load TensorFlow as these scripts want it; they import this file first.
+
+    On processors without AVX-512 TensorFlow leaves oneDNN's 3D convolutions off, which are many times faster than its
+    own. And its libraries greet with a page of notices that no setting silences (tensorflow issue 100442).
+    """
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        import tensorflow  # noqa: F401
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+import_tensorflow()
 
 EXAMPLE_DIR = "data/example"
 CONFIG_NAME, BEST_NAME, LAST_NAME = "config.json", "best.weights.h5", "last.weights.h5"
@@ -44,8 +60,9 @@ class Config:
     network: Literal["local", "global", "composite"] = "local"  # DDF, 12-parameter affine, or affine then DDF
     channels: int = 16  # of the local network's first level, doubled at each of the four next (paper: 32)
     global_channels: int = 8  # the same for the global network (paper: 8)
+    max_channels: int = 64  # where the doubling ends, for both (paper: 512)
     first_kernel: int = 7  # voxels, edge of the first convolution's kernel; odd
-    ddf_levels: tuple[int, ...] = (0, 1, 2, 3, 4)  # resolution levels whose DDFs are summed; 0 finest, 4 coarsest
+    ddf_levels: tuple[int, ...] = (1, 2, 3, 4)  # levels whose DDFs are summed, 0 finest, 4 coarsest; without 0 faster
 
     # Loss
     similarity: Literal["dice", "cross-entropy", "mean-squared", "jaccard"] = "dice"  # of warped and fixed label
@@ -77,11 +94,13 @@ class Config:
             if not good:
                 raise InputError(f"--{name}: found {getattr(self, name)!r}, expected {expected}")
 
-        for name in ("channels", "global_channels", "steps", "batch_size", "valid_every"):
+        for name in ("steps", "batch_size", "valid_every"):
             check(name, getattr(self, name) >= 1, "1 or more")
         for name in ("fixed_shape", "moving_shape"):
             check(name, all(8 <= n <= 512 for n in getattr(self, name)), "three sizes from 8 to 512 voxels")
-        check("channels", self.channels % 2 == 0, "an even number")
+        for name in ("channels", "global_channels", "max_channels"):
+            number = getattr(self, name)
+            check(name, number >= 2 and number & (number - 1) == 0, "a power of two: 2, 4, 8, ...")
         check("first_kernel", self.first_kernel >= 1 and self.first_kernel % 2 == 1, "an odd number")
         check("folds", self.folds == 0 or self.folds >= 2, "0 (off) or 2 and more")
         check("fold", 0 <= self.fold < max(self.folds, 1), f"0 to {max(self.folds, 1) - 1} (folds - 1)")
@@ -126,7 +145,7 @@ def parse(arguments=None, default=None):
 
 
 def parse_for_training():
-    """Command line over the defaults. Own training data are not judged by the example pairs: those folders fall away."""
+    """Command line over the defaults. Beside own training data the example's validation and test pairs fall away."""
     config = parse()
     own = Path(config.train_dir) != Path(Config.train_dir)
     unset = [name for name in ("valid_dir", "test_dir") if own and getattr(config, name) == getattr(Config, name)]
@@ -134,7 +153,7 @@ def parse_for_training():
 
 
 NETWORK_SETTINGS = (
-    "network", "moving_shape", "fixed_shape", "channels", "global_channels", "first_kernel", "ddf_levels",
+    "network", "moving_shape", "fixed_shape", "channels", "global_channels", "max_channels", "first_kernel", "ddf_levels",
 )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import contextlib
 import csv
 import os
 import tempfile
+import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,6 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from config import InputError
-
 
 SUFFIXES = (".nii", ".nii.gz")
 FOLDERS = ("moving_images", "fixed_images", "moving_labels", "fixed_labels")
@@ -83,7 +83,7 @@ def read_patients(path, cases):
     if not path.exists():
         return {case: case for case in cases}
     try:
-        with open(path, newline="") as file:
+        with path.open(newline="") as file:
             patients = {row["case"]: row["patient"] for row in csv.DictReader(file)}
     except (OSError, KeyError, csv.Error, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error!r}); expected a CSV file with columns case,patient") from None
@@ -186,7 +186,9 @@ def read_case(pair):
         case.fixed_labels = read_labels(pair.fixed_labels, pair.fixed_image, case.fixed_image, case.fixed_affine)
         found, expected = case.moving_labels.shape[-1], case.fixed_labels.shape[-1]
         if found != expected:
-            raise InputError(f"{pair.moving_labels}: found {found} labels, expected {expected} as in {pair.fixed_labels}")
+            raise InputError(
+                f"{pair.moving_labels}: found {found} labels, expected {expected} as in {pair.fixed_labels}"
+            )
     return case
 
 
@@ -342,19 +344,19 @@ def displacement_on(shape, affine, ddf, fixed_grid, moving_grid, offset):
     """The network's DDF as displacement y - x in mm (RAS) at every voxel of the fixed image.
 
     shape, affine: the fixed image's own grid; ddf: (X, Y, Z, 3) voxels; fixed_grid, moving_grid: (4, 4) voxel to
-    world; offset: (3,). A fixed point x lies at j = inv(fixed_grid) x and goes to y = moving_grid (j + offset + ddf(j)).
-    Beyond the network grid the DDF keeps its border value.
+    world; offset: (3,). A fixed point x lies at j = inv(fixed_grid) x and goes to
+    y = moving_grid (j + offset + ddf(j)). Beyond the network grid the DDF keeps its border value.
     """
     to_grid = np.linalg.inv(fixed_grid) @ affine
-    j_ddf = [
+    ddf = [
         ndimage.affine_transform(ddf[..., k], to_grid[:3, :3], to_grid[:3, 3], shape, order=1, mode="nearest")
         for k in range(3)
     ]
-    # y - x is affine in the voxel index but for the DDF: (moving_grid (to_grid i + offset) - affine i) + moving_grid ddf.
+    # At voxel i of the image, y - x = moving_grid (to_grid i + offset) - affine i, which is affine in i, + the DDF's.
     shift = np.eye(4)
     shift[:3, 3] = offset
     rest = moving_grid @ shift @ to_grid - affine
-    result = np.stack(j_ddf, axis=-1) @ moving_grid[:3, :3].T.astype(np.float32)
+    result = np.stack(ddf, axis=-1) @ moving_grid[:3, :3].T.astype(np.float32)
     return result + voxel_to_world(shape, rest)
 
 
@@ -478,7 +480,7 @@ def plot_overview(path, title, fixed, warped, affine, labels, ddf, voxel_size):
     """Three orthogonal slices: fixed, moving before, moving after, and the deformation grid.
 
     fixed and warped["before"], ["after"]: (X, Y, Z) on the fixed image's own grid; labels: empty, or (X, Y, Z, L)
-    arrays under "fixed", "before", "after"; ddf: (X, Y, Z, 3) voxels of `voxel_size` mm. Axes are mm from the centre, right-anterior-superior.
+    arrays under "fixed", "before", "after"; ddf: (X, Y, Z, 3) voxels of `voxel_size` mm.
     """
     volumes = {name: canonical(v, affine) for name, v in {"fixed": fixed, **warped}.items()}
     labels = {name: canonical(v, affine) for name, v in labels.items()}
@@ -490,7 +492,12 @@ def plot_overview(path, title, fixed, warped, affine, labels, ddf, voxel_size):
 
     figure, axes = plt.subplots(3, 4, figsize=(13, 10), layout="constrained")
     figure.suptitle(title)
-    columns = {"fixed": "fixed image", "before": "moving image, before", "after": "moving image, warped", "grid": "deformation of the fixed grid"}
+    columns = {
+        "fixed": "fixed image",
+        "before": "moving image, before",
+        "after": "moving image, warped",
+        "grid": "deformation of the fixed grid",
+    }
     for row, (name, normal) in enumerate((("axial", 2), ("coronal", 1), ("sagittal", 0))):
         u, v = (k for k in range(3) if k != normal)
         extent = [w * s * size[k] / 2 for k, s in ((u, spacing[u]), (v, spacing[v])) for w in (-1, 1)]
@@ -515,7 +522,10 @@ def plot_overview(path, title, fixed, warped, affine, labels, ddf, voxel_size):
         lines = [*plane, *np.swapaxes(plane, 0, 1)]
         axes[row, 3].add_collection(LineCollection(lines, colors="#3388ff", linewidths=0.7))
     if labels:
-        handles = [Line2D([], [], color="#33dd77", label="fixed labels"), Line2D([], [], color="#ffaa22", ls="--", label="moving labels")]
+        handles = [
+            Line2D([], [], color="#33dd77", label="fixed labels"),
+            Line2D([], [], color="#ffaa22", ls="--", label="moving labels"),
+        ]
         figure.legend(handles=handles, loc="outside lower center", ncols=2)
     with written_aside(path) as aside:
         figure.savefig(aside, dpi=80)
@@ -529,9 +539,11 @@ def canonical(volume, affine):
 
 def load_weights(network, path):
     try:
-        network.load_weights(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # Keras only warns of layers that it leaves as they were
+            network.load_weights(path)
     except FileNotFoundError:
         raise InputError(f"{path}: missing; expected weights that train.py wrote") from None
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, UserWarning) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path}: found weights that do not fit ({reason}); expected those of this network") from None

@@ -88,7 +88,14 @@ def main():
             cut = (labels["after"] >= 0.5).astype(np.uint8)
             helpers.write_nifti(folder / "warped_labels.nii.gz", cut, case.fixed_affine)
         helpers.plot_overview(
-            folder / "overview.png", pair.case, case.fixed_image, images, case.fixed_affine, labels, ddf, config.voxel_size
+            folder / "overview.png",
+            pair.case,
+            case.fixed_image,
+            images,
+            case.fixed_affine,
+            labels,
+            ddf,
+            config.voxel_size,
         )
         helpers.write_csv(output_dir / "metrics.csv", [{name: row.get(name, "") for name in COLUMNS} for row in rows])
 
@@ -98,16 +105,15 @@ def main():
     print(f"{text}written to {output_dir}: metrics.csv, and per case the warped volumes, displacement and overview.png")
 
 
-# -- Metrics: README, "How to read the metrics" ------------------------------------------------------------------------
+# -- Metrics: README, "Reading the metrics" -----------------------------------------------------------------------
 
-MEASURES = {  # column: title in the summary; each before and after registration
-    "dice": "gland Dice",
-    "hd95_mm": "gland HD95, mm",
-    "tre_mm": "landmark TRE, mm",
-    "true_error_mm": "true error in the gland, mm",
+MEASURES = {  # name in metrics.csv -> title in summary.txt, each before and after registration
+    "dice_{}": "gland Dice",
+    "hd95_{}_mm": "gland HD95, mm",
+    "tre_{}_mm": "landmark TRE, mm",
+    "true_error_{}_mm": "true error in the gland, mm",
 }
-BEFORE_AFTER = {name: [name.replace("_mm", "") + f"_{when}" + "_mm" * name.endswith("_mm") for when in ("before", "after")] for name in MEASURES}
-COLUMNS = ["case", "label", *sum(BEFORE_AFTER.values(), []), "folded_percent"]
+COLUMNS = ["case", "label", *(n.format(when) for n in MEASURES for when in ("before", "after")), "folded_percent"]
 
 
 def measure_label(labels, k, case):
@@ -125,8 +131,37 @@ def measure_label(labels, k, case):
 
 
 def summary(rows):
-    """A table of medians and quartiles before and after, over the cases (over the landmarks for TRE)."""
-    lines = [f"{len({row['case'] for row in rows})} pairs{'before':>34}{'after':>24}"]
+    """Median [quartiles] and worst of each measure, before and after: over pairs, and for TRE also over landmarks."""
+    pairs = {}
+    for row in rows:
+        pairs.setdefault(row["case"], []).append(row)
+    lines = [f"{len(pairs)} pairs: median [quartiles] worst{'before':>15}{'after':>29}"]
+
+    def add(title, before, after, worst=np.nanmax):
+        cells = []
+        for values in (np.array(before, float), np.array(after, float)):
+            low, middle, high = np.nanpercentile(values, [25, 50, 75])
+            cells.append(f"{middle:.2f} [{low:.2f} {high:.2f}] {worst(values):.2f}")
+        lines.append(f"{title:<30}{cells[0]:>29}{cells[1]:>29}")
+
+    for name, title in MEASURES.items():
+        before, after = name.format("before"), name.format("after")
+        chosen = [row for row in rows if before in row and (row["label"] != 0) == name.startswith("tre")]
+        if not chosen:
+            continue
+        add(title, *([row[when] for row in chosen] for when in (before, after)), *[np.nanmin] * name.startswith("dice"))
+        if name.startswith("tre"):
+            by_pair = [[row for row in case if row in chosen] for case in pairs.values()]
+            rms = [
+                [np.sqrt(np.nanmean([row[when] ** 2 for row in case])) for case in by_pair if case]
+                for when in (before, after)
+            ]
+            add("RMS TRE of a pair, mm", *rms)
+            lost = [row for row in chosen if np.isnan(row[after])]
+            lines += [f"landmarks warped out of the field of view, in no TRE: {len(lost)} of {len(chosen)}"]
+            lines += [f"  {row['case']}, label {row['label']}" for row in lost]
+    folded = [row["folded_percent"] for row in rows if "folded_percent" in row]
+    lines.append(f"voxels folded: {np.mean(folded):.4f} % on average, {max(folded):.4f} % at worst")
     return "\n".join(lines) + "\n"
 
 

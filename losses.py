@@ -5,7 +5,7 @@ README, "Label similarity measures" and "Deformation regularisation".
 
 import tensorflow as tf
 
-from utils import apply_along_axes, gaussian_matrix
+from utils import apply_along_axes, channels_to_batch, gaussian_matrix, stencil_matrix
 
 EPSILON = 1e-6  # keeps an empty label at a finite loss: 1 for the overlap measures
 
@@ -50,13 +50,11 @@ def multi_scale(similarity, warped, fixed, scales):
     scales: standard deviations in voxels, 0 = the label as it is. Returns (B, L).
     """
     values = []
+    labels = [channels_to_batch(label) for label in (warped, fixed)]
     for sigma in scales:
-        if sigma > 0:
-            filters = [gaussian_matrix(n, sigma) for n in fixed.shape[1:4]]
-            values.append(similarity(apply_along_axes(warped, filters), apply_along_axes(fixed, filters)))
-        else:
-            values.append(similarity(warped, fixed))
-    return tf.add_n(values) / len(values)
+        filters = [gaussian_matrix(n, sigma) if sigma > 0 else None for n in fixed.shape[1:4]]
+        values.append(similarity(*(apply_along_axes(label, filters) for label in labels)))
+    return tf.reshape(tf.add_n(values) / len(values), [-1, fixed.shape[-1]])
 
 
 def mean_over_labels(values, mask):
@@ -68,43 +66,40 @@ def mean_over_labels(values, mask):
 # -- Deformation regularisation: ddf (B, X, Y, Z, 3) in voxels -> scalar -------------------------------------------
 
 
-def shifted(ddf, x, y, z):
-    """The interior of the field, seen one voxel further along the named directions (each -1, 0 or 1)."""
-    nx, ny, nz = ddf.shape[1:4]
-    return ddf[:, 1 + x : nx - 1 + x, 1 + y : ny - 1 + y, 1 + z : nz - 1 + z]
+def derivative(ddf, order):
+    """Central differences of the given order, such as (1, 0, 1) for dxz, of the interior.
+
+    ddf: (B * 3, X, Y, Z, 1), one component each, as `channels_to_batch` gives it. Returns (B * 3, X-2, Y-2, Z-2, 1).
+    """
+    stencils = {0: [0, 1, 0], 1: [-0.5, 0, 0.5], 2: [1, -2, 1]}
+    return apply_along_axes(ddf, [stencil_matrix(n, stencils[k]) for n, k in zip(ddf.shape[1:4], order, strict=True)])
 
 
 def displacement_gradient(ddf):
-    """Central differences along X, Y, Z of the interior: three tensors (B, X-2, Y-2, Z-2, 3), voxel per voxel."""
-    dx = (shifted(ddf, 1, 0, 0) - shifted(ddf, -1, 0, 0)) / 2
-    dy = (shifted(ddf, 0, 1, 0) - shifted(ddf, 0, -1, 0)) / 2
-    dz = (shifted(ddf, 0, 0, 1) - shifted(ddf, 0, 0, -1)) / 2
-    return dx, dy, dz
+    """dx, dy and dz of every component, voxel per voxel: three tensors (B * 3, X-2, Y-2, Z-2, 1)."""
+    ddf = channels_to_batch(ddf)
+    return [derivative(ddf, order) for order in ((1, 0, 0), (0, 1, 0), (0, 0, 1))]
 
 
 def gradient_l1(ddf):
     """Mean over voxels and components of |dx| + |dy| + |dz|."""
-    return tf.reduce_mean(tf.add_n([tf.abs(d) for d in displacement_gradient(ddf)]))
+    return tf.add_n([tf.reduce_mean(tf.abs(d)) for d in displacement_gradient(ddf)])
 
 
 def gradient_l2(ddf):
     """Mean over voxels and components of dx^2 + dy^2 + dz^2."""
-    return tf.reduce_mean(tf.add_n([d**2 for d in displacement_gradient(ddf)]))
+    return tf.add_n([tf.reduce_mean(d**2) for d in displacement_gradient(ddf)])
 
 
 def bending_energy(ddf):
-    """Mean over voxels and components of the squared second derivatives (Rueckert et al. 1999, eq. 3).
+    """Mean over voxels and components of dxx^2 + dyy^2 + dzz^2 + 2 (dxy^2 + dxz^2 + dyz^2) (Rueckert et al. 1999).
 
     Zero for every affine field, so shift, rotation and scale cost nothing.
     """
-    here = 2 * shifted(ddf, 0, 0, 0)
-    dxx = shifted(ddf, 1, 0, 0) - here + shifted(ddf, -1, 0, 0)
-    dyy = shifted(ddf, 0, 1, 0) - here + shifted(ddf, 0, -1, 0)
-    dzz = shifted(ddf, 0, 0, 1) - here + shifted(ddf, 0, 0, -1)
-    dxy = (shifted(ddf, 1, 1, 0) - shifted(ddf, 1, -1, 0) - shifted(ddf, -1, 1, 0) + shifted(ddf, -1, -1, 0)) / 4
-    dxz = (shifted(ddf, 1, 0, 1) - shifted(ddf, 1, 0, -1) - shifted(ddf, -1, 0, 1) + shifted(ddf, -1, 0, -1)) / 4
-    dyz = (shifted(ddf, 0, 1, 1) - shifted(ddf, 0, 1, -1) - shifted(ddf, 0, -1, 1) + shifted(ddf, 0, -1, -1)) / 4
-    return tf.reduce_mean(dxx**2 + dyy**2 + dzz**2 + 2 * (dxy**2 + dxz**2 + dyz**2))
+    ddf = channels_to_batch(ddf)
+    pure = [derivative(ddf, order) for order in ((2, 0, 0), (0, 2, 0), (0, 0, 2))]
+    mixed = [derivative(ddf, order) for order in ((1, 1, 0), (1, 0, 1), (0, 1, 1))]
+    return tf.add_n([tf.reduce_mean(d**2) for d in pure]) + 2 * tf.add_n([tf.reduce_mean(d**2) for d in mixed])
 
 
 REGULARISERS = {"bending": bending_energy, "gradient-l2": gradient_l2, "gradient-l1": gradient_l1}

@@ -5,67 +5,64 @@ in voxels. Their last layers start at zero, so training starts from no deformati
 README, "Networks"; Hu et al. 2018 (doi 10.1016/j.media.2018.07.002), section 2.2; Hu et al. 2018 (arXiv 1711.01666).
 """
 
-import os
-
 import keras
 import tensorflow as tf
 from keras import layers
 
 from utils import moving_offset, reference_grid, resample, resize, transform_points
 
-NORM = os.environ.get("NORM", "none")
-
 # -- Blocks --------------------------------------------------------------------------------------------------------
 
 
-class InstanceNorm(layers.Layer):
+class Gain(layers.Layer):
+    """Multiply each channel by a learned factor, zero at first."""
+
     def build(self, shape):
-        self.scale = self.add_weight(shape=(shape[-1],), initializer="ones")
-        self.offset = self.add_weight(shape=(shape[-1],), initializer="zeros")
+        self.gain = self.add_weight(shape=(shape[-1],), initializer="zeros", name="gain")
 
     def call(self, x):
-        if NORM == "none":
-            return x + self.offset
-        m, v = tf.nn.moments(x, [1, 2, 3] if NORM == "inst" else [1, 2, 3, 4], keepdims=True)
-        return tf.nn.batch_normalization(x, m, v, self.offset, self.scale, 1e-3)
+        return x * self.gain
 
 
 def conv(x, channels, kernel=3):
-    return layers.Conv3D(channels, kernel, padding="same", use_bias=False, kernel_initializer="he_normal")(x)
+    return layers.Conv3D(channels, kernel, padding="same", kernel_initializer="he_normal")(x)
 
 
 def activation(x):
     return layers.LeakyReLU(0.1)(x)
 
 
-def conv_block(x, channels, kernel=3):
-    return activation(InstanceNorm()(conv(x, channels, kernel)))
-
-
 def shortcut_block(x):
-    """Two convolutions around which the input is carried and added."""
-    y = conv_block(x, x.shape[-1])
-    y = InstanceNorm()(conv(y, x.shape[-1]))
-    return activation(x + y)
+    """Two convolutions around which the input is carried and added.
+
+    The convolutions enter with a gain of zero (De and Smith 2020, arXiv 2002.10444), so that a deep network starts as
+    a shallow one. This stands where Hu et al. have batch normalisation: it means the same for one pair as for a
+    batch, in training as in inference, and costs nothing.
+    """
+    y = conv(activation(conv(x, x.shape[-1])), x.shape[-1])
+    return activation(x + Gain()(y))
 
 
-def encoder(x, channels, first_kernel):
-    """Residual down blocks, each at half the size and twice the channels of the last: levels 0 (finest) to 4."""
+def encoder(x, channels, max_channels, first_kernel):
+    """Residual down blocks at levels 0 (finest) to 4: half the size, twice the channels up to `max_channels`."""
     levels = []
     for level in range(5):
-        x = shortcut_block(conv_block(x, channels * 2**level, first_kernel if level == 0 else 3))
+        width = min(channels * 2**level, max_channels)
+        x = shortcut_block(activation(conv(x, width, first_kernel if level == 0 else 3)))
         levels.append(x)
         x = layers.MaxPool3D(2, padding="same")(x)
     return levels
 
 
 def up_block(x, skip):
-    """Double the size, halve the channels, add what the encoder kept at this level.
+    """Double the size and add what the encoder kept at this level.
 
-    Additive upsampling (Hu et al. 2018): sums of channel pairs, which need no weights, beside a learned 1x1x1 mix.
+    Additive upsampling (Hu et al. 2018): channels summed in groups, which needs no weights, beside a learned 1x1x1 mix.
     """
-    pairs = layers.Lambda(lambda v: v[..., ::2] + v[..., 1::2])(x)
-    x = upsample(pairs + conv(x, skip.shape[-1], kernel=1), skip.shape[1:4])
+    channels = skip.shape[-1]
+    grouped = layers.Reshape((*x.shape[1:4], channels, x.shape[-1] // channels))(x)
+    summed = layers.Lambda(lambda v: tf.reduce_sum(v, axis=-1))(grouped)
+    x = upsample(summed + conv(x, channels, kernel=1), skip.shape[1:4])
     return shortcut_block(x + skip)
 
 
@@ -91,13 +88,13 @@ def standardise(image):
 # -- Networks ------------------------------------------------------------------------------------------------------
 
 
-def local_ddf(moving, fixed, channels, first_kernel, ddf_levels):
+def local_ddf(moving, fixed, channels, max_channels, first_kernel, ddf_levels):
     """LocalNet: two images (B, X, Y, Z, 1) on the fixed grid -> ddf.
 
     An encoder, a decoder with skip connections, and at each of `ddf_levels` a small DDF. They are summed from coarse
     to fine, all in voxels of level 0.
     """
-    levels = encoder(layers.Concatenate()([moving, fixed]), channels, first_kernel)
+    levels = encoder(layers.Concatenate()([moving, fixed]), channels, max_channels, first_kernel)
     x = levels[4]
     ddf = ddf_head(x) if 4 in ddf_levels else None
     for level in (3, 2, 1, 0):
@@ -110,10 +107,10 @@ def local_ddf(moving, fixed, channels, first_kernel, ddf_levels):
     return ddf
 
 
-def global_affine(moving, fixed, channels, first_kernel):
-    """GlobalNet: two images (B, X, Y, Z, 1) on the fixed grid -> affine (B, 3, 4) about the centre of the fixed grid."""
+def global_affine(moving, fixed, channels, max_channels, first_kernel):
+    """GlobalNet: two images (B, X, Y, Z, 1) on the fixed grid -> affine (B, 3, 4) about that grid's centre."""
     shape = fixed.shape[1:4]
-    x = encoder(layers.Concatenate()([moving, fixed]), channels, first_kernel)[4]
+    x = encoder(layers.Concatenate()([moving, fixed]), channels, max_channels, first_kernel)[4]
     entries = layers.Dense(12, kernel_initializer="zeros")(layers.Flatten()(x))
 
     def to_affine(entries):
@@ -124,7 +121,9 @@ def global_affine(moving, fixed, channels, first_kernel):
     return layers.Lambda(to_affine)(entries)
 
 
-def build_network(network, moving_shape, fixed_shape, channels, global_channels, first_kernel, ddf_levels):
+def build_network(
+    network, moving_shape, fixed_shape, channels, global_channels, max_channels, first_kernel, ddf_levels
+):
     """The Keras model of "local", "global" or "composite" for the two grids."""
     moving_image = layers.Input((*moving_shape, 1))
     fixed_image = layers.Input((*fixed_shape, 1))
@@ -138,11 +137,12 @@ def build_network(network, moving_shape, fixed_shape, channels, global_channels,
     def apply_affine(affine, points=grid):
         return transform_points(points, affine, fixed_shape)
 
+    local = channels, max_channels, first_kernel, ddf_levels
     aligned = layers.Lambda(on_fixed_grid)(moving)
     if network == "local":
-        return keras.Model([moving_image, fixed_image], local_ddf(aligned, fixed, channels, first_kernel, ddf_levels))
+        return keras.Model([moving_image, fixed_image], local_ddf(aligned, fixed, *local))
 
-    affine = global_affine(aligned, fixed, global_channels, first_kernel)
+    affine = global_affine(aligned, fixed, global_channels, max_channels, first_kernel)
     if network == "global":
         ddf = layers.Lambda(lambda a: apply_affine(a) - grid)(affine)
         return keras.Model([moving_image, fixed_image], ddf)
@@ -150,6 +150,6 @@ def build_network(network, moving_shape, fixed_shape, channels, global_channels,
     # Composite: the affine first; the local network then sees the moving image that it warped. A fixed point goes
     # through the local DDF, then through the affine: i -> A (i + local(i)).
     warped = layers.Lambda(lambda v: resample(v[0], apply_affine(v[1]) + offset))([moving, affine])
-    local = local_ddf(warped, fixed, channels, first_kernel, ddf_levels)
-    ddf = layers.Lambda(lambda v: apply_affine(v[1], grid + v[0]) - grid)([local, affine])
+    local_field = local_ddf(warped, fixed, *local)
+    ddf = layers.Lambda(lambda v: apply_affine(v[1], grid + v[0]) - grid)([local_field, affine])
     return keras.Model([moving_image, fixed_image], ddf)

@@ -74,12 +74,17 @@ def main():
         fixed = resample(tf.concat([fixed_image, fixed_labels], axis=-1), fixed_points)
         return resample(moving_image, moving_points), fixed[..., :1], fixed[..., 1:]
 
-    @tf.function(jit_compile=True)  # XLA fuses these many small steps; the convolutions must stay out of it on a CPU
+    @tf.function(jit_compile=True)  # XLA fuses the many small steps of a warp; on a CPU it is no good for the rest
+    def warp_labels(labels, ddf, moving_affine):
+        """One resampling through DDF and augmentation together: label'(i) = label(A (i + offset + ddf(i)))."""
+        return resample(labels, transform_points(fixed_grid + offset + ddf, moving_affine, config.moving_shape))
+
     def compare(ddf, moving_labels, fixed_labels, mask, moving_affine):
-        """Warp the moving labels, one resampling through DDF and augmentation together, and compare with the fixed."""
-        points = transform_points(fixed_grid + offset + ddf, moving_affine, config.moving_shape)
-        warped_labels = resample(moving_labels, points)
-        similarities = multi_scale(SIMILARITIES[config.similarity], warped_labels, fixed_labels, config.similarity_scales)
+        """The loss of a DDF, its parts, and two figures that a person can read."""
+        warped_labels = warp_labels(moving_labels, ddf, moving_affine)
+        similarities = multi_scale(
+            SIMILARITIES[config.similarity], warped_labels, fixed_labels, config.similarity_scales
+        )
         similarity = mean_over_labels(similarities, mask)
         regulariser = REGULARISERS[config.regulariser](ddf)
         dice, distance = label_metrics(tf.stop_gradient(warped_labels), fixed_labels)
@@ -93,7 +98,9 @@ def main():
 
     @tf.function(jit_compile=on_gpu)
     def train_step(batch, step):
-        images_and_labels = (tf.cast(batch[n], tf.float32) for n in ("moving_image", "fixed_image", "moving_labels", "fixed_labels"))
+        images_and_labels = (
+            tf.cast(batch[n], tf.float32) for n in ("moving_image", "fixed_image", "moving_labels", "fixed_labels")
+        )
         moving_image, fixed_image, moving_labels, fixed_labels = images_and_labels
         seeds = tf.stack([[config.seed, step * 5 + k] for k in range(5)])
         side = tf.where(tf.random.stateless_uniform([config.batch_size], seeds[0]) < 0.5, -1.0, 1.0)

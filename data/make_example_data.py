@@ -22,7 +22,6 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import EXAMPLE_DIR
 from helpers import FOLDERS, voxel_to_world, write_displacement, write_nifti
 
 PATIENTS = {"train": 48, "valid": 6, "test": 8}
@@ -84,9 +83,7 @@ def tissues(p, patient):
     centre, radii = patient["transition"]
     nodules = sum(
         tone * np.exp(-0.5 * ball(q, place, size) ** 2)
-        for place, size, tone in zip(
-            patient["nodules"], patient["nodule_size"], patient["nodule_tone"], strict=True
-        )
+        for place, size, tone in zip(patient["nodules"], patient["nodule_size"], patient["nodule_tone"], strict=True)
     )
     urethra = np.hypot(q[..., 0], q[..., 1] - 2 - 0.01 * q[..., 2] ** 2)
     return {
@@ -115,8 +112,8 @@ def label_maps(t):
 def random_deformation(rng, patient, points):
     """u(x) in mm: shift, rotation, the probe's push and smooth bumps; at most LARGEST_DISPLACEMENT at the points."""
     shift = rng.normal(size=3)
-    shift *= rng.uniform(9, 13) / np.linalg.norm(shift)
-    angles = np.radians(rng.uniform(-7, 7, 3))
+    shift *= rng.uniform(10, 14) / np.linalg.norm(shift)
+    angles = np.radians(rng.uniform(-6, 6, 3))
     places = rng.uniform(-1, 1, (6, 3)) * patient["radii"] * 1.2 + patient["gland"]
     sizes = rng.uniform(11, 16, 6)
     bumps = rng.uniform(-2.5, 2.5, (6, 3))
@@ -278,7 +275,7 @@ def write_pair(folder, case, seed):
     write_displacement(folder / "true_displacement" / f"{case}.nii.gz", stored, affine)
 
 
-def main(folder=EXAMPLE_DIR, seed=2018, patients=PATIENTS):
+def main(folder=Path(__file__).parent / "example", seed=2018, patients=PATIENTS):
     """Write the whole data set aside, then rename it: an interrupted run leaves nothing that looks complete."""
     aside = Path(f"{folder}.unfinished")
     shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,100 @@
+"""Hold the default run on the example data against what it promises (minutes to train, so not part of the tests).
+
+    python train.py && python inference.py && python tests/check_example_run.py
+
+Reads model/ and output/. Scores each test pair three times by its own labels and true deformation: with its own
+images, with another patient's MR in place of its own, and with both images replaced by noise. A network that reads
+the images does far worse in the last two. Exit status 1 if a promise is broken.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import config as settings
+
+# isort: split
+import csv
+
+import numpy as np
+
+import helpers
+from networks import build_network
+from utils import dice_score, moving_offset, target_registration_error
+
+
+def main():
+    config = settings.parse_for_inference()
+    network = build_network(**settings.network_settings(config))
+    helpers.load_weights(network, Path(config.model_dir) / settings.BEST_NAME)
+    cases = []
+    for pair in helpers.find_pairs(config.test_dir):
+        case = helpers.read_case(pair)
+        moving, _, moving_grid = helpers.to_network(
+            case.moving_image, case.moving_affine, config.moving_shape, config.voxel_size
+        )
+        fixed, _, fixed_grid = helpers.to_network(
+            case.fixed_image, case.fixed_affine, config.fixed_shape, config.voxel_size
+        )
+        cases.append((pair, case, moving, fixed, fixed_grid, moving_grid))
+
+    rng = np.random.default_rng(0)
+    results = {"no registration": [], "own images": [], "another patient's MR": [], "noise": []}
+    for number, (pair, case, moving, fixed, *grids) in enumerate(cases):
+        other = cases[(number + 1) % len(cases)][2]
+        noise = [rng.random(image.shape, np.float32) for image in (moving, fixed)]
+        inputs = {"own images": (moving, fixed), "another patient's MR": (other, fixed), "noise": noise}
+        for name, result in results.items():
+            ddf = np.zeros((*config.fixed_shape, 3), np.float32)
+            if name in inputs:
+                ddf = network([image[None].astype(np.float32) for image in inputs[name]])[0].numpy()
+            result.append(score(pair, case, ddf, *grids, moving_offset(config.moving_shape, config.fixed_shape)))
+    print(f"{len(cases)} test pairs, medians      gland Dice    TRE, mm    true error in the gland, mm")
+    medians = {}
+    for name, result in results.items():
+        tre = np.median(np.concatenate([r["tre"] for r in result]))
+        medians[name] = np.median([r["dice"] for r in result]), tre, np.mean([r["true_error"] for r in result])
+        print(f"{name:<30}{medians[name][0]:>8.2f}{medians[name][1]:>11.2f}{medians[name][2]:>18.2f}")
+
+    with (Path(config.output_dir) / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    glands = [row for row in rows if row["label"] == "0"]
+    value = {
+        name: [float(row[name]) for row in rows if row[name] and (row["label"] == "0") != name.startswith("tre")]
+        for name in rows[0]
+        if name not in ("case", "label")
+    }
+    start, own = medians["no registration"], medians["own images"]
+    promises = {
+        "gland Dice at least 0.90, median": np.median(value["dice_after"]) >= 0.90,
+        "TRE at most a third of the start, median": np.median(value["tre_after_mm"])
+        <= np.median(value["tre_before_mm"]) / 3,
+        "true error at most a third of the start, mean": np.mean(value["true_error_after_mm"])
+        <= np.mean(value["true_error_before_mm"]) / 3,
+        "under 0.1 % of voxels folded": np.mean(value["folded_percent"]) < 0.1,
+        "another patient's MR is clearly worse": medians["another patient's MR"][2] > 1.5 * own[2],
+        "noise is clearly worse": medians["noise"][2] > 2 * own[2],
+    }
+    for promise, kept in promises.items():
+        print(f"{'kept  ' if kept else 'BROKEN'}  {promise}")
+    assert len(glands) == len(cases) and start[0] < 0.65
+    sys.exit(0 if all(promises.values()) else 1)
+
+
+def score(pair, case, ddf, fixed_grid, moving_grid, offset):
+    """Gland Dice, landmark TREs and mean true error in the gland (mm) of a DDF, by the pair's own labels and truth."""
+    grids = fixed_grid, moving_grid, offset
+    field = helpers.displacement_on(case.fixed_image.shape, case.fixed_affine, ddf, *grids)
+    warped = helpers.warp_labels(case.moving_labels, case.moving_affine, field, case.fixed_affine)
+    truth, affine = helpers.read_displacement(pair.true_displacement)
+    gland = helpers.nearest(case.fixed_labels[..., 0], case.fixed_affine, truth.shape[:3], affine) > 0.5
+    error = np.linalg.norm(helpers.displacement_on(truth.shape[:3], affine, ddf, *grids) - truth, axis=-1)
+    landmarks = range(1, warped.shape[-1])
+    tre = [target_registration_error(warped[..., k], case.fixed_labels[..., k], case.fixed_affine) for k in landmarks]
+    dice = dice_score(warped[..., 0] >= 0.5, case.fixed_labels[..., 0] >= 0.5)
+    return {"dice": dice, "tre": tre, "true_error": error[gland].mean()}
+
+
+if __name__ == "__main__":
+    settings.run(main)

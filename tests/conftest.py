@@ -1,0 +1,50 @@
+import config
+
+# isort: split
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def import_file(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # so that its worker processes find it
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def example(tmp_path_factory):
+    """A small example data set: {train, valid, test} with a few patients each."""
+    folder = tmp_path_factory.mktemp("data") / "example"
+    make_example_data = import_file(ROOT / "data" / "make_example_data.py")
+    make_example_data.main(str(folder), seed=5, patients={"train": 3, "valid": 1, "test": 2})
+    return folder
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run a script's main in this process: call(module, "--steps", 3) -> (exit status, stdout, stderr)."""
+
+    def run_main(module, *words):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, words)])
+        status = 0
+        try:
+            config.run(module.main)
+        except SystemExit as stop:
+            status = stop.code
+        output = capsys.readouterr()
+        return status, output.out, output.err
+
+    return run_main

@@ -1,0 +1,212 @@
+"""Files and geometry: pairing, resampling against SciPy and SimpleITK, the displacement file as ITK reads it."""
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from scipy import ndimage
+from scipy.spatial.transform import Rotation
+
+import helpers
+from config import InputError
+from utils import moving_offset
+
+
+def smooth_volume(rng, shape):
+    return ndimage.gaussian_filter(rng.random(shape), 1.5).astype(np.float32) * 100
+
+
+def header(shape, spacing, degrees=(0, 0, 0), orientation="RAS", origin=(0, 0, 0)):
+    """Shape as stored and voxel-to-world matrix of a volume with the given RAS shape, spacing and turn."""
+    affine = np.eye(4)
+    affine[:3, :3] = Rotation.from_euler("xyz", degrees, degrees=True).as_matrix() @ np.diag(spacing)
+    affine[:3, 3] = origin
+    change = nib.orientations.ornt_transform(
+        nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(orientation)
+    )
+    stored = nib.orientations.apply_orientation(np.empty(shape, np.uint8), change).shape
+    return stored, affine @ nib.orientations.inv_ornt_aff(change, shape)
+
+
+GEOMETRIES = {  # fixed and moving header
+    "plain": (header((20, 22, 18), (1, 1, 1)), header((24, 20, 22), (1, 1, 1))),
+    "flipped": (header((20, 22, 18), (1, 1, 1), orientation="LPI"), header((24, 20, 22), (1, 1, 1), orientation="LAS")),
+    "permuted": (
+        header((20, 22, 18), (1, 1.2, 1), orientation="SPR"),
+        header((24, 20, 22), (1, 1, 1), orientation="ASL"),
+    ),
+    "oblique": (header((20, 22, 18), (1, 1, 1), (30, 0, 10)), header((24, 20, 22), (1, 1, 1), (0, -30, 20))),
+    "anisotropic": (header((40, 44, 8), (0.4, 0.4, 3)), header((30, 50, 10), (0.8, 0.5, 2.5))),
+    "all at once": (
+        header((40, 44, 8), (0.4, 0.5, 3), (30, -10, 5), "PIR", (12, -40, 99)),
+        header((30, 50, 10), (0.8, 0.5, 2.5), (-20, 15, 30), "LSP", (-300, 80, 7)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_simpleitk_applies_our_displacement_file_and_gets_our_warped_image(name, tmp_path, rng):
+    (fixed_shape, fixed_affine), (moving_shape, moving_affine) = GEOMETRIES[name]
+    moving = smooth_volume(rng, moving_shape)
+    fixed_grid_shape, moving_grid_shape = (10, 12, 11), (12, 12, 13)
+    ddf = ndimage.gaussian_filter(rng.normal(0, 12, (*fixed_grid_shape, 3)), (2, 2, 2, 0)).astype(np.float32)
+    assert np.abs(ddf).max() > 1
+    displacement = helpers.displacement_on(
+        fixed_shape,
+        fixed_affine,
+        ddf,
+        helpers.network_grid(fixed_affine, fixed_shape, fixed_grid_shape, 2.0),
+        helpers.network_grid(moving_affine, moving_shape, moving_grid_shape, 2.0),
+        moving_offset(moving_grid_shape, fixed_grid_shape),
+    )
+    warped = helpers.warp_volume(moving, moving_affine, displacement, fixed_affine)
+    helpers.write_nifti(tmp_path / "moving.nii.gz", moving, moving_affine)
+    helpers.write_nifti(tmp_path / "warped.nii.gz", warped, fixed_affine)
+    helpers.write_displacement(tmp_path / "displacement.nii.gz", displacement, fixed_affine)
+
+    field = sitk.ReadImage(str(tmp_path / "displacement.nii.gz"), sitk.sitkVectorFloat64)
+    assert field.GetNumberOfComponentsPerPixel() == 3 and field.GetDimension() == 3
+    ours = sitk.ReadImage(str(tmp_path / "warped.nii.gz"))
+    theirs = sitk.Resample(
+        sitk.ReadImage(str(tmp_path / "moving.nii.gz")),
+        ours,
+        sitk.DisplacementFieldTransform(field),
+        sitk.sitkLinear,
+        0.0,
+    )
+    difference = np.abs(sitk.GetArrayFromImage(ours) - sitk.GetArrayFromImage(theirs))
+    assert (warped > 0).mean() > 0.2
+    # At the outermost half voxel the two programs may disagree on what is still inside: not more than a few voxels.
+    assert np.mean(difference > 1e-3 * np.ptp(moving)) < 1e-3
+
+    back, affine = helpers.read_displacement(tmp_path / "displacement.nii.gz")
+    np.testing.assert_allclose(back, displacement, atol=1e-4)
+    np.testing.assert_allclose(affine, fixed_affine, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_a_zero_field_puts_the_centres_together_in_mm(name):
+    (fixed_shape, fixed_affine), (moving_shape, moving_affine) = GEOMETRIES[name]
+    grids = [helpers.network_grid(a, s, (10, 11, 12), 2.0) for s, a in GEOMETRIES[name]]
+    centre = [a[:3, :3] @ ((np.array(s) - 1) / 2) + a[:3, 3] for s, a in GEOMETRIES[name]]
+    one_voxel = np.eye(4)
+    one_voxel[:3, 3] = centre[0]
+    displacement = helpers.displacement_on((1, 1, 1), one_voxel, np.zeros((10, 11, 12, 3)), *grids, [0, 0, 0])
+    np.testing.assert_allclose(centre[0] + displacement[0, 0, 0], centre[1], atol=1e-3)
+
+
+def test_network_grid_does_not_depend_on_the_stored_orientation(rng):
+    image = nib.Nifti1Image(smooth_volume(rng, (20, 24, 16)), header((20, 24, 16), (1, 0.8, 1.5), (20, 5, -10))[1])
+    expected, grid = reference = None, None
+    for orientation in ("RAS", "LPS", "SAR", "PIL"):
+        change = nib.orientations.ornt_transform(
+            nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(orientation)
+        )
+        stored = image.as_reoriented(change)
+        result, _, grid = helpers.to_network(stored.get_fdata(dtype=np.float32), stored.affine, (10, 9, 8), 2.0)
+        if expected is None:
+            expected, reference = result, grid
+        np.testing.assert_allclose(result, expected, atol=1e-4)
+        np.testing.assert_allclose(grid, reference, atol=1e-4)
+
+
+def test_resampling_to_the_network_grid_agrees_with_simpleitk(rng):
+    shape, affine = header((20, 24, 16), (1.5, 1.6, 2.2), (10, 5, -10), "LPS", (5, 6, 7))
+    volume = smooth_volume(rng, shape)
+    grid = helpers.network_grid(affine, shape, (14, 15, 16), 1.5)  # finer, so no filter comes first
+    result = helpers.resample_to_grid(volume, affine, grid, (14, 15, 16))
+
+    def to_sitk(data, affine):
+        image = sitk.GetImageFromArray(data.T)
+        lps = np.diag([-1, -1, 1]) @ affine[:3]
+        spacing = np.linalg.norm(lps[:, :3], axis=0)
+        image.SetSpacing(spacing)
+        image.SetDirection((lps[:, :3] / spacing).ravel())
+        image.SetOrigin(lps[:, 3])
+        return image
+
+    theirs = sitk.Resample(
+        to_sitk(volume, affine), to_sitk(np.zeros((14, 15, 16), np.float32), grid), sitk.Transform(), sitk.sitkLinear
+    )
+    inside = (slice(1, -1),) * 3
+    np.testing.assert_allclose(result[inside], sitk.GetArrayFromImage(theirs).T[inside], atol=1e-3 * np.ptp(volume))
+
+
+def test_a_volume_that_lies_on_the_network_grid_passes_untouched(rng):
+    shape, affine = header((10, 12, 14), (3, 3, 3), origin=(4, 5, 6))
+    volume = rng.random(shape).astype(np.float32)
+    assert helpers.resample_to_grid(volume, affine, helpers.network_grid(affine, shape, shape, 3.0), shape) is volume
+
+
+def test_coarser_grids_keep_the_mass_of_a_small_label():
+    shape, affine = header((60, 60, 60), (0.5, 0.5, 0.5))
+    for start in range(24, 30):
+        label = np.zeros(shape, np.float32)
+        label[start : start + 6, start : start + 6, start : start + 6] = 1  # 27 mm^3, the size of one coarse voxel
+        grid = helpers.network_grid(affine, shape, (10, 10, 10), 3.0)
+        coarse = helpers.resample_to_grid(label, affine, grid, (10, 10, 10))
+        assert coarse.sum() * 27 == pytest.approx(27, rel=0.15)
+
+
+# -- Data sets -----------------------------------------------------------------------------------------------------
+
+
+def test_pairs_are_found_by_name_and_folds_part_patients(example, tmp_path):
+    pairs = helpers.find_pairs(example / "train")
+    assert [pair.case for pair in pairs] == ["train00", "train01", "train02"]
+    assert all(pair.true_displacement.exists() for pair in pairs)
+    many = [helpers.Pair(f"case{n}", f"patient{n % 7}", "", "") for n in range(30)]
+    held_out = []
+    for fold in range(3):
+        rest, test = helpers.split_fold(many, 3, fold)
+        assert not {p.patient for p in rest} & {p.patient for p in test} and len(rest) + len(test) == 30
+        held_out += test
+    assert sorted(p.case for p in held_out) == sorted(p.case for p in many)
+    with pytest.raises(InputError, match="7 patients"):
+        helpers.split_fold(many, 8, 0)
+
+
+def test_patients_csv_is_read(tmp_path):
+    (tmp_path / "patients.csv").write_text("case,patient\na,p1\nb,p1\n")
+    assert helpers.read_patients(tmp_path / "patients.csv", ["a", "b"]) == {"a": "p1", "b": "p1"}
+    with pytest.raises(InputError, match="case c"):
+        helpers.read_patients(tmp_path / "patients.csv", ["a", "c"])
+
+
+@pytest.fixture(scope="module")
+def prepared(example):
+    return helpers.PreparedPairs(helpers.find_pairs(example / "train"), (24, 32, 22), (36, 36, 32), 3.0)
+
+
+def test_batches_repeat_themselves_and_hold_what_they_should(prepared):
+    arguments = {"batch_size": 3, "labels_per_pair": 0, "cross_patient": 0, "seed": 1}
+    batch, again = (helpers.sample_batch(prepared, 7, **arguments) for _ in range(2))
+    other = helpers.sample_batch(prepared, 8, **arguments)
+    for name, array in batch.items():
+        np.testing.assert_array_equal(array, again[name])
+    assert any((batch[name] != other[name]).any() for name in batch)
+    most = max(prepared.label_counts)
+    assert batch["moving_image"].shape == (3, 36, 36, 32, 1) and batch["fixed_labels"].shape == (3, 24, 32, 22, most)
+    assert batch["fixed_image"].min() >= 0 and batch["fixed_image"].max() <= 1
+    present = batch["fixed_labels"].max(axis=(1, 2, 3)) > 0
+    np.testing.assert_array_equal(batch["mask"], present)
+
+
+def test_one_label_per_pair_and_pairs_across_patients(prepared):
+    one = helpers.sample_batch(prepared, 0, 4, labels_per_pair=1, cross_patient=0, seed=0)
+    assert one["fixed_labels"].shape[-1] == 1 and one["mask"].all()
+    crossed = helpers.sample_batch(prepared, 0, 8, labels_per_pair=0, cross_patient=1, seed=0)
+    np.testing.assert_array_equal(crossed["mask"], np.eye(1, crossed["mask"].shape[1]).repeat(8, axis=0))
+    sources = [{n: prepared[k][n].tobytes() for n in ("moving_image", "fixed_image")} for k in range(3)]
+    for moving, fixed in zip(crossed["moving_image"], crossed["fixed_image"], strict=True):
+        owners = [k for k in range(3) if moving.tobytes() == sources[k]["moving_image"]]
+        assert owners and fixed.tobytes() != sources[owners[0]]["fixed_image"]
+
+
+def test_nothing_half_written_replaces_a_file(tmp_path):
+    path = tmp_path / "result.txt"
+    path.write_text("whole")
+    with pytest.raises(RuntimeError), helpers.written_aside(path) as aside:
+        aside.write_text("ha")
+        raise RuntimeError
+    assert path.read_text() == "whole" and [p.name for p in tmp_path.iterdir()] == ["result.txt"]
