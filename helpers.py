@@ -300,7 +300,7 @@ def sample_batch(prepared, step, batch_size, labels_per_pair, cross_patient, see
     """Batch number `step`: a pure function of its arguments, so any run can be continued or repeated.
 
     Two-stage sampling (Hu et al. 2018, section 2.4): first the pairs, then labels of each. A share of the pairs takes
-    its moving volume from another patient; those have only the gland, label 0, in common (after Fu et al. 2021,
+    its moving volume from another patient; those have only the gland, label 0, in common (after
     arXiv 2102.04938). Returns float16 images, uint8 labels (B, ..., L) and mask (B, L), 1 where a label is present.
     """
     rng = np.random.default_rng([seed, step])
