@@ -1,7 +1,9 @@
 """Every setting, its unit and its allowed values. Edit the defaults here, or name a field on the command line:
 
-python train.py --steps 200 --network composite
-python inference.py --moving mr.nii.gz --fixed us.nii.gz
+    python train.py --steps 200 --network composite
+    python inference.py --moving mr.nii.gz --fixed us.nii.gz
+
+The settings of a training are saved beside its weights.
 """
 
 import argparse
@@ -152,9 +154,8 @@ def parse_for_training():
     return dataclasses.replace(config, **dict.fromkeys(unset, ""))
 
 
-NETWORK_SETTINGS = (
-    "network", "moving_shape", "fixed_shape", "channels", "global_channels", "max_channels", "first_kernel", "ddf_levels",
-)  # fmt: skip
+NETWORK_SETTINGS = ["network", "moving_shape", "fixed_shape", "channels", "global_channels", "max_channels"]
+NETWORK_SETTINGS += ["first_kernel", "ddf_levels"]
 
 
 def network_settings(config):

@@ -12,14 +12,10 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import nibabel as nib
 import numpy as np
 from matplotlib.collections import LineCollection
-from matplotlib.lines import Line2D
 from scipy import ndimage
 from tqdm import tqdm
 
@@ -301,7 +297,7 @@ def sample_batch(prepared, step, batch_size, labels_per_pair, cross_patient, see
 
     Two-stage sampling (Hu et al. 2018, section 2.4): first the pairs, then labels of each. A share of the pairs takes
     its moving volume from another patient; those have only the gland, label 0, in common (after
-    arXiv 2102.04938). Returns float16 images, uint8 labels (B, ..., L) and mask (B, L), 1 where a label is present.
+    arXiv 2102.04938). Returns images (B, ..., 1), labels (B, ..., L), mask (B, L) of the labels that are present.
     """
     rng = np.random.default_rng([seed, step])
     patients = np.array([pair.patient for pair in prepared.pairs])
@@ -329,10 +325,10 @@ def whole_pair(prepared, number):
 
 def choose_labels(arrays, chosen, size):
     """The chosen labels of a pair, filled up with empty ones to `size`, and the mask (size,) of those in view."""
-    result = dict(arrays)
+    result = {name: arrays[name].astype(np.float32) for name in ("moving_image", "fixed_image")}
     for name in ("moving_labels", "fixed_labels"):
-        result[name] = np.zeros((*arrays[name].shape[:3], size), np.uint8)
-        result[name][..., : len(chosen)] = arrays[name][..., chosen]
+        result[name] = np.zeros((*arrays[name].shape[:3], size), np.float32)
+        result[name][..., : len(chosen)] = arrays[name][..., chosen] / np.float32(255)
     seen = (result["moving_labels"].max((0, 1, 2)) > 0) & (result["fixed_labels"].max((0, 1, 2)) > 0)
     return {**result, "mask": seen.astype(np.float32)}
 
@@ -362,12 +358,9 @@ def displacement_on(shape, affine, ddf, fixed_grid, moving_grid, offset):
 
 def voxel_to_world(shape, affine):
     """Affine map of every voxel index of a grid: (X, Y, Z, 3) float32."""
-    axes = [np.arange(n, dtype=np.float32) for n in shape]
-    points = sum(
-        axis.reshape([-1 if k == n else 1 for n in range(3)] + [1]) * affine[:3, k].astype(np.float32)
-        for k, axis in enumerate(axes)
-    )
-    return points + affine[:3, 3].astype(np.float32)
+    affine = np.asarray(affine, np.float32)
+    index = np.ogrid[: shape[0], : shape[1], : shape[2]]
+    return affine[:3, 3] + sum(index[k].astype(np.float32)[..., None] * affine[:3, k] for k in range(3))
 
 
 def warp_volume(volume, affine, displacement, fixed_affine):
@@ -456,6 +449,18 @@ def save_weights(network, path):
         network.save_weights(aside)
 
 
+def load_weights(network, path):
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # Keras only warns of layers that it leaves as they were
+            network.load_weights(path)
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing; expected weights that train.py wrote") from None
+    except (OSError, ValueError, KeyError, UserWarning) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: found weights that do not fit ({reason}); expected those of this network") from None
+
+
 # -- Pictures ------------------------------------------------------------------------------------------------------
 
 
@@ -492,41 +497,33 @@ def plot_overview(path, title, fixed, warped, affine, labels, ddf, voxel_size):
 
     figure, axes = plt.subplots(3, 4, figsize=(13, 10), layout="constrained")
     figure.suptitle(title)
-    columns = {
-        "fixed": "fixed image",
-        "before": "moving image, before",
-        "after": "moving image, warped",
-        "grid": "deformation of the fixed grid",
-    }
-    for row, (name, normal) in enumerate((("axial", 2), ("coronal", 1), ("sagittal", 0))):
+    headings = "fixed image", "moving image, before", "moving image, warped", "deformation of the fixed grid"
+    for row, (name, normal) in zip(axes, (("axial", 2), ("coronal", 1), ("sagittal", 0)), strict=True):
         u, v = (k for k in range(3) if k != normal)
-        extent = [w * s * size[k] / 2 for k, s in ((u, spacing[u]), (v, spacing[v])) for w in (-1, 1)]
-        for axis, (column, heading) in zip(axes[row], columns.items(), strict=True):
-            shown = volumes.get(column, volumes["fixed"])
+        extent = [side * spacing[k] * size[k] / 2 for k in (u, v) for side in (-1, 1)]
+        row[0].set_ylabel(name)
+        for axis, heading, kind in zip(row, headings, ("fixed", "before", "after", "grid"), strict=True):
+            shown = volumes.get(kind, volumes["fixed"])
             axis.imshow(
                 np.take(shown, focus[normal], normal).T, cmap="gray", origin="lower", extent=extent,
-                vmin=0, vmax=np.percentile(shown, 99.8), alpha=0.5 if column == "grid" else 1,
+                vmin=0, vmax=np.percentile(shown, 99.8), alpha=0.5 if kind == "grid" else 1,
             )  # fmt: skip
             axis.set(xticks=[], yticks=[], xlim=extent[:2], ylim=extent[2:], aspect="equal")
-            if row == 0:
-                axis.set_title(heading)
-        axes[row, 0].set_ylabel(name)
-        for column, axis in zip(columns, axes[row, :3], strict=False):
-            for kind, colour, style in (("fixed", "#33dd77", "-"), (column, "#ffaa22", "--")):
-                for label in np.moveaxis(labels.get(kind, np.zeros((*size, 0))), -1, 0):
+            axis.set_title(heading if row is axes[0] else "")
+            styles = {kind: ("#ffaa22", "--"), "fixed": ("#33dd77", "-")} if labels and kind != "grid" else {}
+            for shown_kind, (colour, style) in styles.items():
+                for label in np.moveaxis(labels[shown_kind], -1, 0):
                     cut = np.take(label, focus[normal], normal).T
-                    if (kind, colour) != ("fixed", "#ffaa22") and cut.max() > 0.5:
+                    if cut.max() > 0.5:
                         axis.contour(cut, [0.5], colors=colour, linestyles=style, linewidths=1.2, extent=extent)
         depth = round((focus[normal] - centre[normal]) * spacing[normal] / voxel_size + (ddf.shape[normal] - 1) / 2)
         plane = np.take(points, np.clip(depth, 0, ddf.shape[normal] - 1), normal)[..., [u, v]]
         lines = [*plane, *np.swapaxes(plane, 0, 1)]
-        axes[row, 3].add_collection(LineCollection(lines, colors="#3388ff", linewidths=0.7))
+        row[3].add_collection(LineCollection(lines, colors="#3388ff", linewidths=0.7))
     if labels:
-        handles = [
-            Line2D([], [], color="#33dd77", label="fixed labels"),
-            Line2D([], [], color="#ffaa22", ls="--", label="moving labels"),
-        ]
-        figure.legend(handles=handles, loc="outside lower center", ncols=2)
+        axes[0, 0].plot([], [], "-", color="#33dd77", label="fixed labels")
+        axes[0, 0].plot([], [], "--", color="#ffaa22", label="moving labels")
+        figure.legend(loc="outside lower center", ncols=2)
     with written_aside(path) as aside:
         figure.savefig(aside, dpi=80)
     plt.close(figure)
@@ -535,15 +532,3 @@ def plot_overview(path, title, fixed, warped, affine, labels, ddf, voxel_size):
 def canonical(volume, affine):
     """A volume's voxels in the axis order and direction nearest to RAS+."""
     return nib.as_closest_canonical(nib.Nifti1Image(volume, affine)).get_fdata(dtype=np.float32)
-
-
-def load_weights(network, path):
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # Keras only warns of layers that it leaves as they were
-            network.load_weights(path)
-    except FileNotFoundError:
-        raise InputError(f"{path}: missing; expected weights that train.py wrote") from None
-    except (OSError, ValueError, KeyError, UserWarning) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: found weights that do not fit ({reason}); expected those of this network") from None

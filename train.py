@@ -97,33 +97,28 @@ def main():
         }
 
     @tf.function(jit_compile=on_gpu)
-    def train_step(batch, step):
-        images_and_labels = (
-            tf.cast(batch[n], tf.float32) for n in ("moving_image", "fixed_image", "moving_labels", "fixed_labels")
-        )
-        moving_image, fixed_image, moving_labels, fixed_labels = images_and_labels
+    def train_step(step, moving_image, fixed_image, moving_labels, fixed_labels, mask):
         seeds = tf.stack([[config.seed, step * 5 + k] for k in range(5)])
         side = tf.where(tf.random.stateless_uniform([config.batch_size], seeds[0]) < 0.5, -1.0, 1.0)
         size, mirroring = config.affine_augmentation, (side, config.mirror_axis)
         moving_affine = random_affine(seeds[1], config.batch_size, config.moving_shape, size, *mirroring)
         fixed_affine = random_affine(seeds[2], config.batch_size, config.fixed_shape, size, *mirroring)
         moving_image, fixed_image, fixed_labels = augment(
-            moving_image, fixed_image, fixed_labels / 255, moving_affine, fixed_affine
+            moving_image, fixed_image, fixed_labels, moving_affine, fixed_affine
         )
         moving_image = random_gamma(moving_image, seeds[3], config.intensity_augmentation)
         fixed_image = random_gamma(fixed_image, seeds[4], config.intensity_augmentation)
         with tf.GradientTape() as tape:
             ddf = network([moving_image, fixed_image], training=True)
-            result = compare(ddf, moving_labels / 255, fixed_labels, batch["mask"], moving_affine)
+            result = compare(ddf, moving_labels, fixed_labels, mask, moving_affine)
         gradients = tape.gradient(result["loss"], network.trainable_variables)
         optimizer.apply_gradients(zip(gradients, network.trainable_variables, strict=True))
         return result
 
     @tf.function
-    def valid_step(batch):
-        ddf = network([tf.cast(batch["moving_image"], tf.float32), tf.cast(batch["fixed_image"], tf.float32)])
-        moving_labels, fixed_labels = (tf.cast(batch[n], tf.float32) / 255 for n in ("moving_labels", "fixed_labels"))
-        return compare(ddf, moving_labels, fixed_labels, batch["mask"], tf.eye(3, 4)[None])
+    def valid_step(moving_image, fixed_image, moving_labels, fixed_labels, mask):
+        ddf = network([moving_image, fixed_image])
+        return compare(ddf, moving_labels, fixed_labels, mask, moving_affine=tf.eye(3, 4)[None])
 
     # -- Optimise: sample, step, report, validate, save ------------------------------------------------------------
     settings.save(config, model_dir / settings.CONFIG_NAME)
@@ -131,14 +126,14 @@ def main():
     history, recent, best_loss, start = [], [], float("inf"), time.time()
     progress = tqdm(dataset, "training", config.steps, unit="step", disable=None)
     for step, batch in enumerate(progress, start=1):
-        result = {name: float(value) for name, value in train_step(batch, tf.constant(step)).items()}
+        result = {name: float(value) for name, value in train_step(tf.constant(step), **batch).items()}
         recent.append(result)
         progress.set_postfix({name: f"{value:.3f}" for name, value in result.items()}, refresh=False)
         if step % config.valid_every and step < config.steps:
             continue
         row = {"step": step, "minutes": round((time.time() - start) / 60, 2), **mean_of(recent)}
         if valid_pairs:
-            results = [valid_step(helpers.whole_pair(valid_set, number)) for number in range(len(valid_set))]
+            results = [valid_step(**helpers.whole_pair(valid_set, number)) for number in range(len(valid_set))]
             row |= {f"valid_{name}": value for name, value in mean_of(results).items()}
         history.append(row)
         recent = []
