@@ -147,9 +147,9 @@ def parse(arguments=None, default=None):
 
 
 def parse_for_training():
-    """Command line over the defaults. Beside own training data the example's validation and test pairs fall away."""
+    """Command line over the defaults. With own training data, or folds, the example's other pairs fall away."""
     config = parse()
-    own = Path(config.train_dir) != Path(Config.train_dir)
+    own = config.folds or Path(config.train_dir) != Path(Config.train_dir)
     unset = [name for name in ("valid_dir", "test_dir") if own and getattr(config, name) == getattr(Config, name)]
     return dataclasses.replace(config, **dict.fromkeys(unset, ""))
 

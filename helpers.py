@@ -90,12 +90,12 @@ def read_patients(path, cases):
 
 
 def find_test_pairs(folds, fold, train_dir, test_dir):
-    """The pairs to register: those of the fold that training held out, or those of test_dir."""
+    """The pairs to register: those of test_dir or, without one, those of the fold that training held out."""
+    if test_dir:
+        return find_pairs(test_dir, labels="optional")
     if folds:
         return split_fold(find_pairs(train_dir), folds, fold)[1]
-    if not test_dir:
-        raise InputError("--test_dir: found none; expected a folder of pairs, or --moving FILE --fixed FILE")
-    return find_pairs(test_dir, labels="optional")
+    raise InputError("--test_dir: found none; expected a folder of pairs, or --moving FILE --fixed FILE")
 
 
 def split_fold(pairs, folds, fold):
@@ -144,15 +144,15 @@ def read_image(path):
     return data, affine
 
 
-def read_labels(path, image_path, image, image_affine):
-    """Labels (image's shape, L) in [0, 1] that lie on the grid of their image; a 3D file is one label."""
+def read_labels(path, image_path, volume):
+    """Labels (image's shape, L) in [0, 1] that lie on the grid of their image, in `volume`; a 3D file is one label."""
     data, affine = read_nifti(path)
     data = data[..., None] if data.ndim == 3 else data
     if data.ndim != 4:
         raise InputError(f"{path}: found shape {data.shape}, expected 3 dimensions, or 4 with one label in each volume")
-    if data.shape[:3] != image.shape:
-        raise InputError(f"{path}: found shape {data.shape[:3]}, expected {image.shape} as in {image_path}")
-    if not np.allclose(affine, image_affine, atol=1e-2):
+    if data.shape[:3] != volume.image.shape:
+        raise InputError(f"{path}: found shape {data.shape[:3]}, expected {volume.image.shape} as in {image_path}")
+    if not np.allclose(affine, volume.affine, atol=1e-2):
         raise InputError(f"{path}: header matrix differs from that of {image_path}, expected the same grid")
     if data.min() < 0 or data.max() > 1:
         raise InputError(f"{path}: found values {data.min():g} to {data.max():g}, expected 0 to 1")
@@ -163,29 +163,25 @@ def read_labels(path, image_path, image, image_affine):
 
 
 @dataclass
-class Case:
-    """A pair's volumes as stored: images (any shape), labels (image shape, L) or None, voxel-to-world matrices."""
+class Volume:
+    """One side of a pair: image (any shape), voxel-to-world matrix (4, 4), labels (image's shape, L) or None."""
 
-    moving_image: np.ndarray
-    moving_affine: np.ndarray
-    fixed_image: np.ndarray
-    fixed_affine: np.ndarray
-    moving_labels: np.ndarray | None = None
-    fixed_labels: np.ndarray | None = None
+    image: np.ndarray
+    affine: np.ndarray
+    labels: np.ndarray | None = None
 
 
-def read_case(pair):
-    """Read and check every file of a pair."""
-    case = Case(*read_image(pair.moving_image), *read_image(pair.fixed_image))
+def read_pair(pair):
+    """Read and check every file of a pair: moving Volume, fixed Volume, as stored."""
+    moving, fixed = Volume(*read_image(pair.moving_image)), Volume(*read_image(pair.fixed_image))
     if pair.moving_labels:
-        case.moving_labels = read_labels(pair.moving_labels, pair.moving_image, case.moving_image, case.moving_affine)
-        case.fixed_labels = read_labels(pair.fixed_labels, pair.fixed_image, case.fixed_image, case.fixed_affine)
-        found, expected = case.moving_labels.shape[-1], case.fixed_labels.shape[-1]
+        moving.labels = read_labels(pair.moving_labels, pair.moving_image, moving)
+        fixed.labels = read_labels(pair.fixed_labels, pair.fixed_image, fixed)
+        found, expected = moving.labels.shape[-1], fixed.labels.shape[-1]
         if found != expected:
-            raise InputError(
-                f"{pair.moving_labels}: found {found} labels, expected {expected} as in {pair.fixed_labels}"
-            )
-    return case
+            message = f"{pair.moving_labels}: found {found} labels, expected {expected} as in {pair.fixed_labels}"
+            raise InputError(message)
+    return moving, fixed
 
 
 # -- Network grid --------------------------------------------------------------------------------------------------
@@ -234,14 +230,17 @@ def to_unit_range(image):
     return np.clip((image - low) / (high - low), 0, 1)
 
 
-def to_network(image, affine, grid_shape, voxel_size, labels=None):
-    """An image and its labels on the network grid: (X, Y, Z, 1) in 0..1, (X, Y, Z, L) or None, grid matrix (4, 4)."""
-    grid = network_grid(affine, image.shape, grid_shape, voxel_size)
-    image = resample_to_grid(to_unit_range(image), affine, grid, grid_shape)[..., None]
+def to_network(volume, grid_shape, voxel_size):
+    """A Volume on the network grid: image (X, Y, Z, 1) in 0..1, the grid's matrix, labels (X, Y, Z, L) or None."""
+    grid = network_grid(volume.affine, volume.image.shape, grid_shape, voxel_size)
+
+    def resampled(data):
+        return resample_to_grid(data, volume.affine, grid, grid_shape)
+
+    labels = volume.labels
     if labels is not None:
-        labels = [resample_to_grid(label, affine, grid, grid_shape) for label in np.moveaxis(labels, -1, 0)]
-        labels = np.stack(labels, axis=-1)
-    return image, labels, grid
+        labels = np.stack([resampled(label) for label in np.moveaxis(labels, -1, 0)], axis=-1)
+    return Volume(resampled(to_unit_range(volume.image))[..., None], grid, labels)
 
 
 # -- Batches -------------------------------------------------------------------------------------------------------
@@ -260,23 +259,19 @@ class PreparedPairs:
         self.label_counts, problems = [], []
         for number, pair in enumerate(tqdm(pairs, title, unit="pair", disable=None)):
             try:
-                case = read_case(pair)
+                moving, fixed = read_pair(pair)
             except InputError as error:
                 problems.append(str(error))
                 continue
-            moving, moving_labels, _ = to_network(
-                case.moving_image, case.moving_affine, moving_shape, voxel_size, case.moving_labels
-            )
-            fixed, fixed_labels, _ = to_network(
-                case.fixed_image, case.fixed_affine, fixed_shape, voxel_size, case.fixed_labels
-            )
-            self.label_counts.append(fixed_labels.shape[-1])
+            moving = to_network(moving, moving_shape, voxel_size)
+            fixed = to_network(fixed, fixed_shape, voxel_size)
+            self.label_counts.append(fixed.labels.shape[-1])
             np.savez(
                 self._file(number),
-                moving_image=moving.astype(np.float16),
-                fixed_image=fixed.astype(np.float16),
-                moving_labels=np.round(moving_labels * 255).astype(np.uint8),
-                fixed_labels=np.round(fixed_labels * 255).astype(np.uint8),
+                moving_image=moving.image.astype(np.float16),
+                fixed_image=fixed.image.astype(np.float16),
+                moving_labels=np.round(moving.labels * 255).astype(np.uint8),
+                fixed_labels=np.round(fixed.labels * 255).astype(np.uint8),
             )
         if problems:
             raise InputError("\n".join(problems))
@@ -363,22 +358,20 @@ def voxel_to_world(shape, affine):
     return affine[:3, 3] + sum(index[k].astype(np.float32)[..., None] * affine[:3, k] for k in range(3))
 
 
-def warp_volume(volume, affine, displacement, fixed_affine):
-    """Resample a volume (its own grid, matrix `affine`) once, at x + displacement(x) for every fixed voxel x.
+def warp_to_fixed(data, affine, displacement, fixed_affine):
+    """Resample a volume once, at x + displacement(x) for every voxel x of the fixed image.
 
-    Trilinear; 0 more than half a voxel outside, which is also ITK's rule.
+    data: (any shape) or labels (any shape, L), on the grid of matrix `affine`; displacement: (X, Y, Z, 3) mm, RAS.
+    Trilinear; 0 more than half a voxel outside, which is also ITK's rule. Returns (X, Y, Z) or (X, Y, Z, L).
     """
     world = displacement + voxel_to_world(displacement.shape[:3], fixed_affine)
-    inverse = np.linalg.inv(affine)
-    points = np.moveaxis(world @ inverse[:3, :3].T.astype(np.float32) + inverse[:3, 3].astype(np.float32), -1, 0)
-    warped = ndimage.map_coordinates(volume, points, order=1, mode="nearest")
-    size = np.array(volume.shape).reshape(3, 1, 1, 1)
-    return np.where(((points >= -0.5) & (points <= size - 0.5)).all(axis=0), warped, 0)
-
-
-def warp_labels(labels, *grids):
-    """`warp_volume` for each of the labels (MX, MY, MZ, L): linear, so the 0.5 surface is smooth."""
-    return np.stack([warp_volume(label, *grids) for label in np.moveaxis(labels, -1, 0)], axis=-1)
+    inverse = np.linalg.inv(affine).astype(np.float32)
+    points = np.moveaxis(world @ inverse[:3, :3].T + inverse[:3, 3], -1, 0)
+    size = np.array(data.shape[:3]).reshape(3, 1, 1, 1)
+    inside = ((points >= -0.5) & (points <= size - 0.5)).all(axis=0)
+    channels = np.moveaxis(data, -1, 0) if data.ndim == 4 else [data]
+    warped = [np.where(inside, ndimage.map_coordinates(c, points, order=1, mode="nearest"), 0) for c in channels]
+    return np.stack(warped, axis=-1) if data.ndim == 4 else warped[0]
 
 
 def nearest(volume, affine, shape, other_affine):

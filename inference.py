@@ -32,7 +32,7 @@ def main():
     else:
         pairs = helpers.find_test_pairs(config.folds, config.fold, config.train_dir, config.test_dir)
     for pair in tqdm(pairs, "checking", unit="pair", disable=None):
-        helpers.read_case(pair)
+        helpers.read_pair(pair)
     output_dir = helpers.make_folder(config.output_dir)
 
     # -- Network: as it was trained --------------------------------------------------------------------------------
@@ -44,59 +44,50 @@ def main():
 
     rows = []
     for pair in tqdm(pairs, "registering", unit="pair", disable=None):
-        case = helpers.read_case(pair)
-        moving_args = case.moving_image, case.moving_affine, config.moving_shape, config.voxel_size
-        fixed_args = case.fixed_image, case.fixed_affine, config.fixed_shape, config.voxel_size
-        moving_image, _, moving_grid = helpers.to_network(*moving_args)
-        fixed_image, _, fixed_grid = helpers.to_network(*fixed_args)
+        moving, fixed = helpers.read_pair(pair)
+        network_moving = helpers.to_network(moving, config.moving_shape, config.voxel_size)
+        network_fixed = helpers.to_network(fixed, config.fixed_shape, config.voxel_size)
+        grids = network_fixed.affine, network_moving.affine, offset
 
         # -- Predict: images in, DDF out, both on the network grid -------------------------------------------------
-        ddf = predict([moving_image[None], fixed_image[None]])[0].numpy()
+        ddf = predict([network_moving.image[None], network_fixed.image[None]])[0].numpy()
 
         # -- Warp: the original volumes, each resampled once, onto the fixed image's own grid ----------------------
-        def displacement(shape, affine, ddf, grids=(fixed_grid, moving_grid, offset)):
-            return helpers.displacement_on(shape, affine, ddf, *grids)
-
-        place = case.fixed_image.shape, case.fixed_affine
-        fields = {"before": displacement(*place, np.zeros_like(ddf)), "after": displacement(*place, ddf)}
-        images, labels = {}, {}
+        fields = {"before": np.zeros_like(ddf), "after": ddf}
+        images, labels, displacements = {}, {}, {}
         for when, field in fields.items():
-            images[when] = helpers.warp_volume(case.moving_image, case.moving_affine, field, case.fixed_affine)
-            if case.moving_labels is not None:
-                labels[when] = helpers.warp_labels(case.moving_labels, case.moving_affine, field, case.fixed_affine)
+            displacement = helpers.displacement_on(fixed.image.shape, fixed.affine, field, *grids)
+            displacements[when] = displacement
+            images[when] = helpers.warp_to_fixed(moving.image, moving.affine, displacement, fixed.affine)
+            if moving.labels is not None:
+                labels[when] = helpers.warp_to_fixed(moving.labels, moving.affine, displacement, fixed.affine)
 
         # -- Measure: where there are labels, or a true deformation ------------------------------------------------
         case_rows = [{"case": pair.case, "label": ""}]
         if labels:
-            labels["fixed"] = case.fixed_labels
-            count = case.fixed_labels.shape[-1]
-            case_rows = [{"case": pair.case, "label": k, **measure_label(labels, k, case)} for k in range(count)]
+            labels["fixed"] = fixed.labels
+            count = fixed.labels.shape[-1]
+            case_rows = [
+                {"case": pair.case, "label": k, **measure_label(labels, k, fixed.affine)} for k in range(count)
+            ]
         case_rows[0]["folded_percent"] = 100 * np.mean(jacobian_determinant(ddf) <= 0)
         if pair.true_displacement:
-            truth, truth_affine = helpers.read_displacement(pair.true_displacement)
-            gland = helpers.nearest(case.fixed_labels[..., 0], case.fixed_affine, truth.shape[:3], truth_affine) > 0.5
-            for when, field in (("before", np.zeros_like(ddf)), ("after", ddf)):
-                error = np.linalg.norm(displacement(truth.shape[:3], truth_affine, field) - truth, axis=-1)
-                case_rows[0][f"true_error_{when}_mm"] = error[gland].mean()
+            truth, affine = helpers.read_displacement(pair.true_displacement)
+            gland = helpers.nearest(fixed.labels[..., 0], fixed.affine, truth.shape[:3], affine) > 0.5
+            for when, field in fields.items():
+                error = helpers.displacement_on(truth.shape[:3], affine, field, *grids) - truth
+                case_rows[0][f"true_error_{when}_mm"] = np.linalg.norm(error[gland], axis=-1).mean()
         rows += case_rows
 
         # -- Write -------------------------------------------------------------------------------------------------
         folder = helpers.make_folder(output_dir / pair.case)
-        helpers.write_nifti(folder / "warped_image.nii.gz", images["after"], case.fixed_affine)
-        helpers.write_displacement(folder / "displacement.nii.gz", fields["after"], case.fixed_affine)
+        helpers.write_nifti(folder / "warped_image.nii.gz", images["after"], fixed.affine)
+        helpers.write_displacement(folder / "displacement.nii.gz", displacements["after"], fixed.affine)
         if labels:
             cut = (labels["after"] >= 0.5).astype(np.uint8)
-            helpers.write_nifti(folder / "warped_labels.nii.gz", cut, case.fixed_affine)
-        helpers.plot_overview(
-            folder / "overview.png",
-            pair.case,
-            case.fixed_image,
-            images,
-            case.fixed_affine,
-            labels,
-            ddf,
-            config.voxel_size,
-        )
+            helpers.write_nifti(folder / "warped_labels.nii.gz", cut, fixed.affine)
+        overview = fixed.image, images, fixed.affine, labels, ddf, config.voxel_size
+        helpers.plot_overview(folder / "overview.png", pair.case, *overview)
         helpers.write_csv(output_dir / "metrics.csv", [{name: row.get(name, "") for name in COLUMNS} for row in rows])
 
     text = summary(rows)
@@ -116,15 +107,15 @@ MEASURES = {  # name in metrics.csv -> title in summary.txt, each before and aft
 COLUMNS = ["case", "label", *(n.format(when) for n in MEASURES for when in ("before", "after")), "folded_percent"]
 
 
-def measure_label(labels, k, case):
+def measure_label(labels, k, affine):
     """Dice, TRE and, for the gland (label 0), HD95 of one label, before and after."""
     row = {}
     fixed = labels["fixed"][..., k]
-    spacing = np.linalg.norm(case.fixed_affine[:3, :3], axis=0)
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
     for when in ("before", "after"):
         warped = labels[when][..., k]
         row[f"dice_{when}"] = dice_score(warped >= 0.5, fixed >= 0.5)
-        row[f"tre_{when}_mm"] = target_registration_error(warped, fixed, case.fixed_affine)
+        row[f"tre_{when}_mm"] = target_registration_error(warped, fixed, affine)
         if k == 0:
             row[f"hd95_{when}_mm"] = hausdorff_95(warped >= 0.5, fixed >= 0.5, spacing)
     return row

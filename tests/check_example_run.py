@@ -30,26 +30,27 @@ def main():
     helpers.load_weights(network, Path(config.model_dir) / settings.BEST_NAME)
     cases = []
     for pair in helpers.find_pairs(config.test_dir):
-        case = helpers.read_case(pair)
-        moving, _, moving_grid = helpers.to_network(
-            case.moving_image, case.moving_affine, config.moving_shape, config.voxel_size
-        )
-        fixed, _, fixed_grid = helpers.to_network(
-            case.fixed_image, case.fixed_affine, config.fixed_shape, config.voxel_size
-        )
-        cases.append((pair, case, moving, fixed, fixed_grid, moving_grid))
+        moving, fixed = helpers.read_pair(pair)
+        network_moving = helpers.to_network(moving, config.moving_shape, config.voxel_size)
+        network_fixed = helpers.to_network(fixed, config.fixed_shape, config.voxel_size)
+        cases.append((pair, moving, fixed, network_moving, network_fixed))
 
     rng = np.random.default_rng(0)
     results = {"no registration": [], "own images": [], "another patient's MR": [], "noise": []}
-    for number, (pair, case, moving, fixed, *grids) in enumerate(cases):
-        other = cases[(number + 1) % len(cases)][2]
-        noise = [rng.random(image.shape, np.float32) for image in (moving, fixed)]
-        inputs = {"own images": (moving, fixed), "another patient's MR": (other, fixed), "noise": noise}
+    offset = moving_offset(config.moving_shape, config.fixed_shape)
+    for number, (*originals, moving, fixed) in enumerate(cases):
+        other = cases[(number + 1) % len(cases)][3].image
+        noise = [rng.random(volume.image.shape, np.float32) for volume in (moving, fixed)]
+        inputs = {
+            "own images": (moving.image, fixed.image),
+            "another patient's MR": (other, fixed.image),
+            "noise": noise,
+        }
         for name, result in results.items():
             ddf = np.zeros((*config.fixed_shape, 3), np.float32)
             if name in inputs:
                 ddf = network([image[None].astype(np.float32) for image in inputs[name]])[0].numpy()
-            result.append(score(pair, case, ddf, *grids, moving_offset(config.moving_shape, config.fixed_shape)))
+            result.append(score(*originals, ddf, fixed.affine, moving.affine, offset))
     print(f"{len(cases)} test pairs, medians      gland Dice    TRE, mm    true error in the gland, mm")
     medians = {}
     for name, result in results.items():
@@ -82,18 +83,19 @@ def main():
     sys.exit(0 if all(promises.values()) else 1)
 
 
-def score(pair, case, ddf, fixed_grid, moving_grid, offset):
+def score(pair, moving, fixed, ddf, *grids):
     """Gland Dice, landmark TREs and mean true error in the gland (mm) of a DDF, by the pair's own labels and truth."""
-    grids = fixed_grid, moving_grid, offset
-    field = helpers.displacement_on(case.fixed_image.shape, case.fixed_affine, ddf, *grids)
-    warped = helpers.warp_labels(case.moving_labels, case.moving_affine, field, case.fixed_affine)
+    displacement = helpers.displacement_on(fixed.image.shape, fixed.affine, ddf, *grids)
+    warped = helpers.warp_to_fixed(moving.labels, moving.affine, displacement, fixed.affine)
     truth, affine = helpers.read_displacement(pair.true_displacement)
-    gland = helpers.nearest(case.fixed_labels[..., 0], case.fixed_affine, truth.shape[:3], affine) > 0.5
+    gland = helpers.nearest(fixed.labels[..., 0], fixed.affine, truth.shape[:3], affine) > 0.5
     error = np.linalg.norm(helpers.displacement_on(truth.shape[:3], affine, ddf, *grids) - truth, axis=-1)
-    landmarks = range(1, warped.shape[-1])
-    tre = [target_registration_error(warped[..., k], case.fixed_labels[..., k], case.fixed_affine) for k in landmarks]
-    dice = dice_score(warped[..., 0] >= 0.5, case.fixed_labels[..., 0] >= 0.5)
-    return {"dice": dice, "tre": tre, "true_error": error[gland].mean()}
+    labels = zip(np.moveaxis(warped, -1, 0)[1:], np.moveaxis(fixed.labels, -1, 0)[1:], strict=True)
+    return {
+        "dice": dice_score(warped[..., 0] >= 0.5, fixed.labels[..., 0] >= 0.5),
+        "tre": [target_registration_error(*pair_of_labels, fixed.affine) for pair_of_labels in labels],
+        "true_error": error[gland].mean(),
+    }
 
 
 if __name__ == "__main__":

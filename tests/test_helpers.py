@@ -59,7 +59,7 @@ def test_simpleitk_applies_our_displacement_file_and_gets_our_warped_image(name,
         helpers.network_grid(moving_affine, moving_shape, moving_grid_shape, 2.0),
         moving_offset(moving_grid_shape, fixed_grid_shape),
     )
-    warped = helpers.warp_volume(moving, moving_affine, displacement, fixed_affine)
+    warped = helpers.warp_to_fixed(moving, moving_affine, displacement, fixed_affine)
     helpers.write_nifti(tmp_path / "moving.nii.gz", moving, moving_affine)
     helpers.write_nifti(tmp_path / "warped.nii.gz", warped, fixed_affine)
     helpers.write_displacement(tmp_path / "displacement.nii.gz", displacement, fixed_affine)
@@ -97,17 +97,16 @@ def test_a_zero_field_puts_the_centres_together_in_mm(name):
 
 def test_network_grid_does_not_depend_on_the_stored_orientation(rng):
     image = nib.Nifti1Image(smooth_volume(rng, (20, 24, 16)), header((20, 24, 16), (1, 0.8, 1.5), (20, 5, -10))[1])
-    expected, grid = reference = None, None
+    results = []
     for orientation in ("RAS", "LPS", "SAR", "PIL"):
         change = nib.orientations.ornt_transform(
             nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(orientation)
         )
         stored = image.as_reoriented(change)
-        result, _, grid = helpers.to_network(stored.get_fdata(dtype=np.float32), stored.affine, (10, 9, 8), 2.0)
-        if expected is None:
-            expected, reference = result, grid
-        np.testing.assert_allclose(result, expected, atol=1e-4)
-        np.testing.assert_allclose(grid, reference, atol=1e-4)
+        volume = helpers.Volume(stored.get_fdata(dtype=np.float32), stored.affine)
+        results.append(helpers.to_network(volume, (10, 9, 8), 2.0))
+        np.testing.assert_allclose(results[-1].image, results[0].image, atol=1e-4)
+        np.testing.assert_allclose(results[-1].affine, results[0].affine, atol=1e-4)
 
 
 def test_resampling_to_the_network_grid_agrees_with_simpleitk(rng):
