@@ -266,6 +266,9 @@ class PreparedPairs:
             moving = to_network(moving, moving_shape, voxel_size)
             fixed = to_network(fixed, fixed_shape, voxel_size)
             self.label_counts.append(fixed.labels.shape[-1])
+            for path, side in ((pair.moving_labels, moving), (pair.fixed_labels, fixed)):
+                for k in np.flatnonzero(side.labels.max(axis=(0, 1, 2)) < 1 / 255):
+                    tqdm.write(f"warning: {path}: label {k} lies outside the network grid and teaches nothing")
             np.savez(
                 self._file(number),
                 moving_image=moving.image.astype(np.float16),
@@ -290,7 +293,7 @@ class PreparedPairs:
 def sample_batch(prepared, step, batch_size, labels_per_pair, cross_patient, seed):
     """Batch number `step`: a pure function of its arguments, so any run can be continued or repeated.
 
-    Two-stage sampling (Hu et al. 2018, section 2.4): first the pairs, then labels of each. A share of the pairs takes
+    Two-stage sampling (Hu et al. 2018): first the pairs, then labels of each. A share of the pairs takes
     its moving volume from another patient; those have only the gland, label 0, in common (after
     arXiv 2102.04938). Returns images (B, ..., 1), labels (B, ..., L), mask (B, L) of the labels that are present.
     """

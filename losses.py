@@ -13,7 +13,7 @@ EPSILON = 1e-6  # keeps an empty label at a finite loss: 1 for the overlap measu
 
 
 def dice(warped, fixed):
-    """1 - soft Dice with squared sums (Milletari et al. 2016, section 3), in [0, 1].
+    """1 - soft Dice with squared sums (Milletari et al. 2016), in [0, 1].
 
     With squared sums two equal labels score 0 at every scale, so a smoothed label can still be matched perfectly;
     plain sums would leave a large constant, and next to no gradient, at the wide scales.
@@ -45,7 +45,7 @@ SIMILARITIES = {"dice": dice, "jaccard": jaccard, "cross-entropy": cross_entropy
 
 
 def multi_scale(similarity, warped, fixed, scales):
-    """Mean of a similarity over Gaussian-smoothed copies of both labels (Hu et al. 2018, section 2.3).
+    """Mean of a similarity over Gaussian-smoothed copies of both labels (Hu et al. 2018).
 
     scales: standard deviations in voxels, 0 = the label as it is. Returns (B, L).
     """

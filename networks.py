@@ -2,7 +2,7 @@
 
 All three are Keras models of one signature: [moving (B, MX, MY, MZ, 1), fixed (B, X, Y, Z, 1)] -> ddf (B, X, Y, Z, 3)
 in voxels. Their last layers start at zero, so training starts from no deformation.
-README, "Networks"; Hu et al. 2018 (doi 10.1016/j.media.2018.07.002), section 2.2; Hu et al. 2018 (arXiv 1711.01666).
+README, "How it works"; Hu et al. 2018 (doi 10.1016/j.media.2018.07.002 and arXiv 1711.01666).
 """
 
 import keras
@@ -75,8 +75,8 @@ def ddf_head(x):
 
     Adam moves every weight alike, so a sum over n inputs would move sqrt(n) to n times as fast; the factor holds back.
     """
-    weights_per_output = 27 * x.shape[-1]
-    return layers.Conv3D(3, 3, padding="same", kernel_initializer="zeros")(x * weights_per_output**-0.5)
+    n = 27 * x.shape[-1]
+    return layers.Conv3D(3, 3, padding="same", kernel_initializer="zeros")(x * n**-0.5)
 
 
 def standardise(image):
@@ -111,7 +111,8 @@ def global_affine(moving, fixed, channels, max_channels, first_kernel):
     """GlobalNet: two images (B, X, Y, Z, 1) on the fixed grid -> affine (B, 3, 4) about that grid's centre."""
     shape = fixed.shape[1:4]
     x = encoder(layers.Concatenate()([moving, fixed]), channels, max_channels, first_kernel)[4]
-    entries = layers.Dense(12, kernel_initializer="zeros")(layers.Flatten()(x))
+    features = layers.Flatten()(x)
+    entries = layers.Dense(12, kernel_initializer="zeros")(features * features.shape[-1] ** -0.5)  # as in ddf_head
 
     def to_affine(entries):
         # Entries are voxels: of shift in the last column, of motion at the volume's border in the others.

@@ -201,6 +201,23 @@ def test_one_label_per_pair_and_pairs_across_patients(prepared):
         assert len(owners) == 1 and not np.array_equal(fixed, prepared[owners[0]]["fixed_image"])
 
 
+def test_a_3d_file_is_one_label_and_a_label_off_the_grid_is_named(tmp_path, rng, capsys):
+    affine = np.diag([2.0, 2, 2, 1])
+    label = np.zeros((30, 30, 30), np.float64)
+    label[1:3, 1:3, 1:3] = 1  # in a corner, which a grid of 8 voxels of 3 mm does not reach
+    paths = {}
+    for side in ("moving", "fixed"):
+        paths[f"{side}_image"], paths[f"{side}_labels"] = (tmp_path / f"{side}_{n}.nii.gz" for n in ("image", "labels"))
+        helpers.write_nifti(paths[f"{side}_image"], smooth_volume(rng, (30, 30, 30)), affine)
+        helpers.write_nifti(paths[f"{side}_labels"], label, affine)
+    pair = helpers.Pair("a", "a", **paths)
+    moving, _ = helpers.read_pair(pair)
+    assert moving.labels.shape == (30, 30, 30, 1)
+    small = helpers.PreparedPairs([pair], (8, 8, 8), (8, 8, 8), 3.0)
+    assert "moving_labels.nii.gz: label 0 lies outside" in capsys.readouterr().out
+    assert helpers.whole_pair(small, 0)["mask"].tolist() == [[0]]
+
+
 def test_nothing_half_written_replaces_a_file(tmp_path):
     path = tmp_path / "result.txt"
     path.write_text("whole")
