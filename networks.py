@@ -2,7 +2,7 @@
 
 All three are Keras models of one signature: [moving (B, MX, MY, MZ, 1), fixed (B, X, Y, Z, 1)] -> ddf (B, X, Y, Z, 3)
 in voxels. Their last layers start at zero, so training starts from no deformation.
-README, "How it works"; Hu et al. 2018 (doi 10.1016/j.media.2018.07.002 and arXiv 1711.01666).
+README, "Networks"; Hu et al. 2018 (doi 10.1016/j.media.2018.07.002 and arXiv 1711.01666).
 """
 
 import keras

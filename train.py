@@ -5,6 +5,7 @@
     python train.py --help                   every setting
 
 Writes to --model_dir: config.json, best.weights.h5, last.weights.h5, history.csv, history.png, TensorBoard events.
+README, "Training".
 """
 
 import config as settings  # first: it prepares TensorFlow's environment

@@ -1,7 +1,7 @@
 """Coordinates and metrics: reference grids, affine transforms, resampling, warping; Dice, TRE, HD95, folding.
 
 Shapes: B batch; X, Y, Z fixed grid; MX, MY, MZ moving grid; L labels; C channels. Coordinates and displacements are in
-voxels, in index order ("ij"), unless a name or docstring says mm. See README, "Multimodal image registration".
+voxels, in index order ("ij"), unless a name or docstring says mm. README, "Multimodal image registration".
 """
 
 import numpy as np

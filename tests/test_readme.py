@@ -1,0 +1,57 @@
+"""README and code hold each other to the truth: headings, links, function names, settings and commands."""
+
+import dataclasses
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from config import Config, parse
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+SOURCES = [path for folder in (".", "data") for path in sorted((ROOT / folder).glob("*.py"))]
+COMMANDS = [
+    line.strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line.strip()
+]
+
+
+def test_headings_that_the_code_names_exist():
+    headings = set(re.findall(r"^#+ (.*)$", README, re.MULTILINE))
+    named = {name for path in SOURCES for name in re.findall(r'README, "([^"]+)"', path.read_text())}
+    named |= {name for path in SOURCES for name in re.findall(r'README, "[^"]+" and "([^"]+)"', path.read_text())}
+    assert named and named <= headings, named - headings
+
+
+def test_links_and_pictures_exist():
+    targets = re.findall(r"\]\(([^)#]+)\)", README)
+    local = [target for target in targets if not target.startswith("http")]
+    assert local and all((ROOT / target).exists() for target in local), local
+
+
+def test_functions_and_settings_that_the_readme_names_exist():
+    code = "\n".join(path.read_text() for path in SOURCES)
+    functions = re.findall(r"`(\w+)\(\)`", README)
+    assert functions and all(f"def {name}(" in code for name in functions), functions
+    for flag in re.findall(r"--(\w+_\w+)", README):
+        assert flag in {field.name for field in dataclasses.fields(Config)}, flag
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_parse(command):
+    """Every script exists and takes the flags that the README gives it."""
+    for part in command.split("&&"):
+        words = shlex.split(part)
+        scripts = [word for word in words if word.endswith(".py")]
+        assert all((ROOT / script).exists() for script in scripts), part
+        if scripts and scripts[0] in ("train.py", "inference.py"):
+            parse(words[words.index(scripts[0]) + 1 :])
+
+
+def test_continuous_integration_runs_the_command_of_the_readme():
+    tests = [command for command in COMMANDS if "pytest" in command]
+    assert len(tests) == 1 and tests[0].startswith("python3 "), "as .ci/run looks for it"
