@@ -6,7 +6,6 @@
 The settings of a training are saved beside its weights.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import io
@@ -17,28 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-
-def import_tensorflow():
-    """Load TensorFlow as these scripts want it; they import this file first.
-
-    On processors without AVX-512 TensorFlow leaves oneDNN's 3D convolutions off, which are many times faster than its
-    own. And its libraries greet with a page of notices that no setting silences (tensorflow issue 100442).
-    """
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        import tensorflow  # noqa: F401
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
-
-
-import_tensorflow()
-
-EXAMPLE_DIR = "data/example"
+EXAMPLE_DIR = Path(__file__).resolve().parent / "data" / "example"
 CONFIG_NAME, BEST_NAME, LAST_NAME = "config.json", "best.weights.h5", "last.weights.h5"
 
 
@@ -49,11 +27,11 @@ class InputError(ValueError):
 @dataclass(frozen=True)
 class Config:
     # Data: each folder holds moving_images, fixed_images, moving_labels, fixed_labels (README, "Your own data").
-    train_dir: str = f"{EXAMPLE_DIR}/train"  # pairs to learn from
-    valid_dir: str = f"{EXAMPLE_DIR}/valid"  # pairs to choose the best weights by; "" = none
-    test_dir: str = f"{EXAMPLE_DIR}/test"  # pairs that inference.py registers; "" = none
+    train_dir: str = str(EXAMPLE_DIR / "train")  # pairs to learn from
+    valid_dir: str = str(EXAMPLE_DIR / "valid")  # pairs to choose the best weights by; "" = none
+    test_dir: str = str(EXAMPLE_DIR / "test")  # pairs that inference.py registers; "" = none
     folds: int = 0  # 0 = off; 2 or more: deal the patients of train_dir into that many folds and hold one out
-    fold: int = 0  # which fold inference.py registers, 0 to folds - 1; the others are trained on
+    fold: int = 0  # the fold held out, 0 to folds - 1; inference.py registers it unless --test_dir is named
     voxel_size: float = 3.0  # mm, edge of the network grid's isotropic voxels
     fixed_shape: tuple[int, int, int] = (24, 32, 22)  # voxels of the network grid on the fixed image (RAS order)
     moving_shape: tuple[int, int, int] = (36, 36, 32)  # voxels of the network grid on the moving image (RAS order)
@@ -114,6 +92,7 @@ class Config:
         for name in ("regulariser_weight", "affine_augmentation", "intensity_augmentation", "labels_per_pair", "seed"):
             check(name, 0 <= getattr(self, name) < float("inf"), "0 or more")
         check("affine_augmentation", self.affine_augmentation < 0.5, "less than 0.5")
+        check("seed", self.seed < 2**31, "less than 2147483648")
         check("learning_rate", 0 < self.learning_rate < float("inf"), "a number above 0")
         check("cross_patient", 0 <= self.cross_patient <= 1, "a share from 0 to 1")
         check("mirror_axis", -1 <= self.mirror_axis <= 2, "0, 1 or 2, or -1 for none")
@@ -135,7 +114,6 @@ def parse(arguments=None, default=None):
                 args=arguments,
                 default=default or Config(),
                 use_underscores=True,
-                config=(tyro.conf.FlagConversionOff,),
             )
     except SystemExit as stop:
         if stop.code == 0:  # --help
@@ -149,9 +127,11 @@ def parse(arguments=None, default=None):
 def parse_for_training():
     """Command line over the defaults. With own training data, or folds, the example's other pairs fall away."""
     config = parse()
-    own = config.folds or Path(config.train_dir) != Path(Config.train_dir)
-    unset = [name for name in ("valid_dir", "test_dir") if own and getattr(config, name) == getattr(Config, name)]
-    return dataclasses.replace(config, **dict.fromkeys(unset, ""))
+    changes = {}
+    if config.folds or Path(config.train_dir) != EXAMPLE_DIR / "train":
+        examples = {"valid_dir": str(EXAMPLE_DIR / "valid"), "test_dir": str(EXAMPLE_DIR / "test")}
+        changes = {name: "" for name, example in examples.items() if getattr(config, name) == example}
+    return dataclasses.replace(config, **changes)
 
 
 NETWORK_SETTINGS = ["network", "moving_shape", "fixed_shape", "channels", "global_channels", "max_channels"]
@@ -164,27 +144,27 @@ def network_settings(config):
 
 
 def parse_for_inference():
-    """Command line over the settings that training saved in --model_dir; those of the network cannot be changed."""
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--model_dir", "--model-dir", default=Config.model_dir)
-    known, _ = finder.parse_known_args()
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        return parse()
-    trained = load(Path(known.model_dir) / CONFIG_NAME)
-    config = dataclasses.replace(parse(default=trained), model_dir=known.model_dir)
-    for name in (*NETWORK_SETTINGS, "voxel_size"):
+    """Command line over the settings that training saved in --model_dir.
+
+    Those of the network cannot be changed, nor the folds while they say which pairs training left out.
+    """
+    model_dir = parse().model_dir
+    trained = load(Path(model_dir) / CONFIG_NAME)
+    config = dataclasses.replace(parse(default=trained), model_dir=model_dir)
+    held_out = ["folds", "fold", "train_dir"] if config.folds and not config.test_dir else []
+    for name in [*NETWORK_SETTINGS, "voxel_size", *held_out]:
         asked, have = getattr(config, name), getattr(trained, name)
         if asked != have:
-            raise InputError(f"--{name}: found {asked}, expected {have} as {known.model_dir} was trained; leave it out")
+            raise InputError(f"--{name}: found {asked}, expected {have} as {model_dir} was trained; leave it out")
     return config
 
 
-def save(config, path):
-    Path(path).write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+def as_json(config):
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
 def load(path):
-    """The settings that `save` wrote, checked by the same rules as the command line."""
+    """The settings that `as_json` wrote, checked by the same rules as the command line."""
     try:
         words = []
         for name, value in json.loads(Path(path).read_text()).items():
@@ -194,6 +174,25 @@ def load(path):
         raise InputError(f"{path}: missing; expected the folder of a trained model: run train.py first") from None
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: {error}; expected the settings that train.py saved") from None
+
+
+def import_tensorflow():
+    """Load TensorFlow as these scripts want it, before anything else does.
+
+    On some processors (seen on one with AVX2 but not AVX-512) TensorFlow leaves oneDNN's 3D convolutions off, which are
+    many times faster than its own. And its libraries greet with notices that no setting silences (tensorflow issue
+    100442), in between which one would miss an error.
+    """
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        import tensorflow  # noqa: F401
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def run(main):

@@ -5,13 +5,16 @@ Shapes: B batch; X, Y, Z fixed grid; MX, MY, MZ moving grid; L labels. World coo
 
 import contextlib
 import csv
+import logging
 import os
 import tempfile
 import warnings
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib
+
+matplotlib.use("Agg")  # pictures go to files, whatever screen there is
 import matplotlib.pyplot as plt
 import nibabel as nib
 import numpy as np
@@ -21,6 +24,7 @@ from tqdm import tqdm
 
 from config import InputError
 
+logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # bad headers are named by the checks below
 SUFFIXES = (".nii", ".nii.gz")
 FOLDERS = ("moving_images", "fixed_images", "moving_labels", "fixed_labels")
 
@@ -55,7 +59,7 @@ def find_pairs(folder, labels="required"):
     for name in names:
         if not (folder / name).is_dir():
             raise InputError(f"{folder / name}: no such folder; expected {', '.join(names)} in {folder}")
-        paths = sorted(p for p in (folder / name).iterdir() if p.name.endswith(SUFFIXES))
+        paths = sorted(p for p in (folder / name).iterdir() if p.name.endswith(SUFFIXES) and p.name[0] != ".")
         files[name] = {case_name(p): p for p in paths}
         if len(files[name]) < len(paths):
             raise InputError(f"{folder / name}: a case is there both as .nii and as .nii.gz; expected one of them")
@@ -67,11 +71,8 @@ def find_pairs(folder, labels="required"):
         raise InputError("\n".join(f"{path}: missing; expected in all of {', '.join(names)}" for path in missing))
     patients = read_patients(folder / "patients.csv", cases)
     truth = {case_name(p): p for p in folder.glob("true_displacement/*.nii.gz")}
-    return [
-        Pair(c, patients[c], **{name.removesuffix("s") if "image" in name else name: files[name][c] for name in names},
-             true_displacement=truth.get(c))
-        for c in cases
-    ]  # fmt: skip
+    paths = {c: {name.replace("images", "image"): files[name][c] for name in names} for c in cases}
+    return [Pair(c, patients[c], **paths[c], true_displacement=truth.get(c)) for c in cases]
 
 
 def read_patients(path, cases):
@@ -79,7 +80,7 @@ def read_patients(path, cases):
     if not path.exists():
         return {case: case for case in cases}
     try:
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             patients = {row["case"]: row["patient"] for row in csv.DictReader(file)}
     except (OSError, KeyError, csv.Error, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error!r}); expected a CSV file with columns case,patient") from None
@@ -120,9 +121,9 @@ def read_nifti(path):
         if image.get_data_dtype().kind not in "buif":
             raise InputError(f"{path}: found voxels of type {image.get_data_dtype()}, expected plain numbers")
         data = np.asarray(image.dataobj, np.float32)
-    except (OSError, EOFError, ValueError, zlib.error, nib.filebasedimages.ImageFileError, MemoryError) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except Exception as error:  # nibabel and zlib have many of their own
         raise InputError(f"{path}: cannot be read ({' '.join(str(error).split())}); expected a NIfTI file") from None
     affine = np.array(image.affine, float)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
@@ -152,7 +153,8 @@ def read_labels(path, image_path, volume):
         raise InputError(f"{path}: found shape {data.shape}, expected 3 dimensions, or 4 with one label in each volume")
     if data.shape[:3] != volume.image.shape:
         raise InputError(f"{path}: found shape {data.shape[:3]}, expected {volume.image.shape} as in {image_path}")
-    if not np.allclose(affine, volume.affine, atol=1e-2):
+    last = [*data.shape[:3], 1]
+    if not np.allclose((affine - volume.affine)[:3] @ np.transpose([[0, 0, 0, 1], last]), 0, atol=0.1):
         raise InputError(f"{path}: header matrix differs from that of {image_path}, expected the same grid")
     if data.min() < 0 or data.max() > 1:
         raise InputError(f"{path}: found values {data.min():g} to {data.max():g}, expected 0 to 1")
@@ -182,6 +184,20 @@ def read_pair(pair):
             message = f"{pair.moving_labels}: found {found} labels, expected {expected} as in {pair.fixed_labels}"
             raise InputError(message)
     return moving, fixed
+
+
+def check_pairs(pairs):
+    """Read every file of the pairs; all that cannot be used is named together."""
+    problems = []
+    for pair in tqdm(pairs, "checking", unit="pair", disable=None):
+        try:
+            read_pair(pair)
+            if pair.true_displacement:
+                read_displacement(pair.true_displacement)
+        except InputError as error:
+            problems.append(str(error))
+    if problems:
+        raise InputError("\n".join(problems))
 
 
 # -- Network grid --------------------------------------------------------------------------------------------------
@@ -224,7 +240,7 @@ def resample_to_grid(data, affine, grid, grid_shape):
 
 def to_unit_range(image):
     """Intensities to 0..1 between the 0.5th and 99.5th percentile."""
-    low, high = np.percentile(image, [0.5, 99.5])
+    low, high = np.percentile(image, [0.5, 99.5]).astype(np.float32)
     if low == high:
         low, high = image.min(), image.max()
     return np.clip((image - low) / (high - low), 0, 1)
@@ -250,7 +266,7 @@ class PreparedPairs:
     """Every pair of a data set, checked and resampled once, then kept as one small file each in a scratch folder.
 
     The operating system's file cache holds what fits in memory; the rest streams from disk. So a thousand pairs train
-    in the memory of a few. Images are kept as float16, labels as uint8 (255 = 1).
+    in the memory of a few. The folder is made where TMPDIR says. Images are kept as float16, labels as uint8 (255 = 1).
     """
 
     def __init__(self, pairs, fixed_shape, moving_shape, voxel_size, title="reading"):
@@ -290,21 +306,20 @@ class PreparedPairs:
             return dict(arrays)
 
 
-def sample_batch(prepared, step, batch_size, labels_per_pair, cross_patient, seed):
-    """Batch number `step`: a pure function of its arguments, so any run can be continued or repeated.
+def sample_batch(prepared, numbers, step, batch_size, labels_per_pair, cross_patient, seed):
+    """Batch number `step` from the pairs of these numbers: a pure function of its arguments, so runs can be repeated.
 
     Two-stage sampling (Hu et al. 2018): first the pairs, then labels of each. A share of the pairs takes
     its moving volume from another patient; those have only the gland, label 0, in common (after
     arXiv 2102.04938). Returns images (B, ..., 1), labels (B, ..., L), mask (B, L) of the labels that are present.
     """
     rng = np.random.default_rng([seed, step])
-    patients = np.array([pair.patient for pair in prepared.pairs])
     batch = []
-    for number in rng.integers(len(prepared), size=batch_size):
+    for number in rng.choice(numbers, size=batch_size):
         arrays = prepared[number]
         chosen = np.arange(prepared.label_counts[number])
-        others = np.flatnonzero(patients != patients[number])
-        if others.size and rng.random() < cross_patient:
+        others = [k for k in numbers if prepared.pairs[k].patient != prepared.pairs[number].patient]
+        if others and rng.random() < cross_patient:
             other = prepared[rng.choice(others)]
             arrays |= {"moving_image": other["moving_image"], "moving_labels": other["moving_labels"]}
             chosen = chosen[:1]
@@ -428,8 +443,10 @@ def write_displacement(path, displacement, affine):
 
 
 def read_displacement(path):
-    """Inverse of write_displacement: (X, Y, Z, 3) mm, RAS."""
+    """Inverse of write_displacement: (X, Y, Z, 3) mm, RAS, and voxel-to-world matrix."""
     data, affine = read_nifti(path)
+    if data.shape[3:] != (1, 3):
+        raise InputError(f"{path}: found shape {data.shape}, expected a displacement field (X, Y, Z, 1, 3)")
     return data[:, :, :, 0, :] * np.array([-1, -1, 1], np.float32), affine
 
 
@@ -448,7 +465,7 @@ def save_weights(network, path):
 def load_weights(network, path):
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # Keras only warns of layers that it leaves as they were
+            warnings.simplefilter("error", UserWarning)  # Keras only warns of layers that it leaves as they were
             network.load_weights(path)
     except FileNotFoundError:
         raise InputError(f"{path}: missing; expected weights that train.py wrote") from None
@@ -502,16 +519,18 @@ def plot_overview(path, title, fixed, warped, affine, labels, ddf, voxel_size):
             shown = volumes.get(kind, volumes["fixed"])
             axis.imshow(
                 np.take(shown, focus[normal], normal).T, cmap="gray", origin="lower", extent=extent,
-                vmin=0, vmax=np.percentile(shown, 99.8), alpha=0.5 if kind == "grid" else 1,
+                vmin=np.percentile(shown, 0.2), vmax=np.percentile(shown, 99.8), alpha=0.5 if kind == "grid" else 1,
             )  # fmt: skip
             axis.set(xticks=[], yticks=[], xlim=extent[:2], ylim=extent[2:], aspect="equal")
-            axis.set_title(heading if row is axes[0] else "")
+            axis.set_title(heading if name == "axial" else "")
             styles = {kind: ("#ffaa22", "--"), "fixed": ("#33dd77", "-")} if labels and kind != "grid" else {}
             for shown_kind, (colour, style) in styles.items():
                 for label in np.moveaxis(labels[shown_kind], -1, 0):
                     cut = np.take(label, focus[normal], normal).T
                     if cut.max() > 0.5:
-                        axis.contour(cut, [0.5], colors=colour, linestyles=style, linewidths=1.2, extent=extent)
+                        axis.contour(
+                            cut, [0.5], colors=colour, linestyles=style, linewidths=1.2, extent=extent, origin="lower"
+                        )
         depth = round((focus[normal] - centre[normal]) * spacing[normal] / voxel_size + (ddf.shape[normal] - 1) / 2)
         plane = np.take(points, np.clip(depth, 0, ddf.shape[normal] - 1), normal)[..., [u, v]]
         lines = [*plane, *np.swapaxes(plane, 0, 1)]

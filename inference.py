@@ -8,7 +8,9 @@ Writes to --output_dir, per case and on the fixed image's own grid: warped_image
 displacement.nii.gz (ITK convention, opens in 3D Slicer), overview.png; and metrics.csv and summary.txt for all cases.
 """
 
-import config as settings  # first: it prepares TensorFlow's environment
+import config as settings
+
+settings.import_tensorflow()  # before anything else does
 
 # isort: split
 from pathlib import Path
@@ -31,9 +33,9 @@ def main():
         pairs = [helpers.Pair(name, name, Path(config.moving), Path(config.fixed))]
     else:
         pairs = helpers.find_test_pairs(config.folds, config.fold, config.train_dir, config.test_dir)
-    for pair in tqdm(pairs, "checking", unit="pair", disable=None):
-        helpers.read_pair(pair)
+    helpers.check_pairs(pairs)
     output_dir = helpers.make_folder(config.output_dir)
+    table_dir = helpers.make_folder(output_dir / name) if config.moving else output_dir
 
     # -- Network: as it was trained --------------------------------------------------------------------------------
     network = build_network(**settings.network_settings(config))
@@ -71,7 +73,7 @@ def main():
                 {"case": pair.case, "label": k, **measure_label(labels, k, fixed.affine)} for k in range(count)
             ]
         case_rows[0]["folded_percent"] = 100 * np.mean(jacobian_determinant(ddf) <= 0)
-        if pair.true_displacement:
+        if pair.true_displacement and labels:
             truth, affine = helpers.read_displacement(pair.true_displacement)
             gland = helpers.nearest(fixed.labels[..., 0], fixed.affine, truth.shape[:3], affine) > 0.5
             for when, field in fields.items():
@@ -83,17 +85,18 @@ def main():
         folder = helpers.make_folder(output_dir / pair.case)
         helpers.write_nifti(folder / "warped_image.nii.gz", images["after"], fixed.affine)
         helpers.write_displacement(folder / "displacement.nii.gz", displacements["after"], fixed.affine)
+        (folder / "warped_labels.nii.gz").unlink(missing_ok=True)  # an earlier run may have had labels
         if labels:
             cut = (labels["after"] >= 0.5).astype(np.uint8)
             helpers.write_nifti(folder / "warped_labels.nii.gz", cut, fixed.affine)
         overview = fixed.image, images, fixed.affine, labels, ddf, config.voxel_size
         helpers.plot_overview(folder / "overview.png", pair.case, *overview)
-        helpers.write_csv(output_dir / "metrics.csv", [{name: row.get(name, "") for name in COLUMNS} for row in rows])
 
+    helpers.write_csv(table_dir / "metrics.csv", [{name: row.get(name, "") for name in COLUMNS} for row in rows])
     text = summary(rows)
-    with helpers.written_aside(output_dir / "summary.txt") as aside:
+    with helpers.written_aside(table_dir / "summary.txt") as aside:
         aside.write_text(text)
-    print(f"{text}written to {output_dir}: metrics.csv, and per case the warped volumes, displacement and overview.png")
+    print(f"{text}written to {output_dir}: warped volumes, displacement and overview.png of each pair, metrics.csv")
 
 
 # -- Metrics: README, "Reading the metrics" -----------------------------------------------------------------------
@@ -142,7 +145,7 @@ def summary(rows):
             continue
         add(title, *([row[when] for row in chosen] for when in (before, after)), *[np.nanmin] * name.startswith("dice"))
         if name.startswith("tre"):
-            by_pair = [[row for row in case if row in chosen] for case in pairs.values()]
+            by_pair = [[row for row in case if row["label"] != 0] for case in pairs.values()]
             rms = [
                 [np.sqrt(np.nanmean([row[when] ** 2 for row in case])) for case in by_pair if case]
                 for when in (before, after)

@@ -8,13 +8,14 @@ Writes to --model_dir: config.json, best.weights.h5, last.weights.h5, history.cs
 README, "Training".
 """
 
-import config as settings  # first: it prepares TensorFlow's environment
+import config as settings
+
+settings.import_tensorflow()  # before anything else does
 
 # isort: split
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import keras
 import numpy as np
@@ -33,21 +34,20 @@ def main():
     model_dir = helpers.make_folder(config.model_dir)
 
     # -- Data: pairs of images, each pair with as many labels as it happens to have --------------------------------
-    if config.train_dir == settings.Config.train_dir and not Path(config.train_dir).exists():
-        subprocess.run([sys.executable, Path(__file__).parent / "data" / "make_example_data.py"], check=True)
+    if config.train_dir == str(settings.EXAMPLE_DIR / "train") and not settings.EXAMPLE_DIR.exists():
+        subprocess.run([sys.executable, settings.EXAMPLE_DIR.parent / "make_example_data.py"], check=True)
     train_pairs = helpers.find_pairs(config.train_dir)
     if config.folds:
         train_pairs, _ = helpers.split_fold(train_pairs, config.folds, config.fold)
     valid_pairs = helpers.find_pairs(config.valid_dir) if config.valid_dir else []
-    grids = config.fixed_shape, config.moving_shape, config.voxel_size
-    train_set = helpers.PreparedPairs(train_pairs, *grids, title="reading training pairs")
-    valid_set = helpers.PreparedPairs(valid_pairs, *grids, title="reading validation pairs")
+    pairs = train_pairs + valid_pairs
+    prepared = helpers.PreparedPairs(pairs, config.fixed_shape, config.moving_shape, config.voxel_size)
+    train_numbers, valid_numbers = range(len(train_pairs)), range(len(train_pairs), len(pairs))
 
     def batches():
+        drawing = config.batch_size, config.labels_per_pair, config.cross_patient, config.seed
         for step in range(config.steps):
-            yield helpers.sample_batch(
-                train_set, step, config.batch_size, config.labels_per_pair, config.cross_patient, config.seed
-            )
+            yield helpers.sample_batch(prepared, train_numbers, step, *drawing)
 
     signature = {name: tf.TensorSpec(array.shape, array.dtype) for name, array in next(batches()).items()}
     dataset = tf.data.Dataset.from_generator(batches, output_signature=signature).prefetch(4)
@@ -122,19 +122,24 @@ def main():
         return compare(ddf, moving_labels, fixed_labels, mask, moving_affine=tf.eye(3, 4)[None])
 
     # -- Optimise: sample, step, report, validate, save ------------------------------------------------------------
-    settings.save(config, model_dir / settings.CONFIG_NAME)
+    for name in (settings.BEST_NAME, settings.LAST_NAME):  # weights of an earlier training do not fit the new settings
+        (model_dir / name).unlink(missing_ok=True)
+    with helpers.written_aside(model_dir / settings.CONFIG_NAME) as aside:
+        aside.write_text(settings.as_json(config))
     events = tf.summary.create_file_writer(str(model_dir))
     history, recent, best_loss, start = [], [], float("inf"), time.time()
     progress = tqdm(dataset, "training", config.steps, unit="step", disable=None)
     for step, batch in enumerate(progress, start=1):
         result = {name: float(value) for name, value in train_step(tf.constant(step), **batch).items()}
+        if not np.isfinite(result["loss"]):
+            raise settings.InputError(f"step {step}: the loss is {result['loss']}; try a smaller --learning_rate")
         recent.append(result)
         progress.set_postfix({name: f"{value:.3f}" for name, value in result.items()}, refresh=False)
         if step % config.valid_every and step < config.steps:
             continue
         row = {"step": step, "minutes": round((time.time() - start) / 60, 2), **mean_of(recent)}
         if valid_pairs:
-            results = [valid_step(**helpers.whole_pair(valid_set, number)) for number in range(len(valid_set))]
+            results = [valid_step(**helpers.whole_pair(prepared, number)) for number in valid_numbers]
             row |= {f"valid_{name}": value for name, value in mean_of(results).items()}
         history.append(row)
         recent = []
@@ -147,9 +152,10 @@ def main():
         if not valid_pairs or row["valid_loss"] < best_loss:  # without validation the last weights are the best known
             best_loss = row.get("valid_loss", best_loss)
             helpers.save_weights(network, model_dir / settings.BEST_NAME)
-        tqdm.write(", ".join(f"{name} {value:.3g}" for name, value in row.items()))
+        tqdm.write(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
     events.close()
-    print(f"trained in {row['minutes']:.1f} minutes; next: python inference.py --model_dir {model_dir}")
+    what = "" if config.test_dir or config.folds else " --moving FILE --fixed FILE"
+    print(f"trained in {row['minutes']:.1f} minutes; next: python inference.py --model_dir {model_dir}{what}")
 
 
 def mean_of(results):

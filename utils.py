@@ -37,7 +37,7 @@ def moving_offset(moving_shape, fixed_shape):
 
 
 def resample(volume, points):
-    """Trilinear interpolation; the volume is zero outside, faded over the last half voxel's neighbour.
+    """Trilinear interpolation; the volume fades to zero over one voxel beyond its outermost centres.
 
     volume: (B, X, Y, Z, C); points: (B, ..., 3) voxels. Returns (B, ..., C). Differentiable in both.
     """

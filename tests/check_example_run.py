@@ -14,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import config as settings
 
+settings.import_tensorflow()
+
 # isort: split
 import csv
 
@@ -27,7 +29,8 @@ from utils import dice_score, moving_offset, target_registration_error
 def main():
     config = settings.parse_for_inference()
     network = build_network(**settings.network_settings(config))
-    helpers.load_weights(network, Path(config.model_dir) / settings.BEST_NAME)
+    weights = settings.BEST_NAME if config.weights == "best" else settings.LAST_NAME
+    helpers.load_weights(network, Path(config.model_dir) / weights)
     cases = []
     for pair in helpers.find_pairs(config.test_dir):
         moving, fixed = helpers.read_pair(pair)
@@ -51,23 +54,25 @@ def main():
             if name in inputs:
                 ddf = network([image[None].astype(np.float32) for image in inputs[name]])[0].numpy()
             result.append(score(*originals, ddf, fixed.affine, moving.affine, offset))
-    print(f"{len(cases)} test pairs, medians      gland Dice    TRE, mm    true error in the gland, mm")
+    print(f"{len(cases)} test pairs            median gland Dice  median TRE, mm  mean true error in the gland, mm")
     medians = {}
     for name, result in results.items():
-        tre = np.median(np.concatenate([r["tre"] for r in result]))
+        tre = np.nanmedian(np.concatenate([r["tre"] for r in result]))
         medians[name] = np.median([r["dice"] for r in result]), tre, np.mean([r["true_error"] for r in result])
-        print(f"{name:<30}{medians[name][0]:>8.2f}{medians[name][1]:>11.2f}{medians[name][2]:>18.2f}")
+        print(f"{name:<30}{medians[name][0]:>17.3f}{medians[name][1]:>16.2f}{medians[name][2]:>34.2f}")
 
     with (Path(config.output_dir) / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
-    glands = [row for row in rows if row["label"] == "0"]
     value = {
         name: [float(row[name]) for row in rows if row[name] and (row["label"] == "0") != name.startswith("tre")]
         for name in rows[0]
         if name not in ("case", "label")
     }
-    start, own = medians["no registration"], medians["own images"]
+    own = medians["own images"]
     promises = {
+        "every test pair was measured": len(value["dice_after"]) == len(cases),
+        "gland Dice about 0.6 or lower at the start, median": np.median(value["dice_before"]) <= 0.65,
+        "no landmark was lost": not np.isnan(value["tre_after_mm"]).any(),
         "gland Dice at least 0.90, median": np.median(value["dice_after"]) >= 0.90,
         "TRE at most a third of the start, median": np.median(value["tre_after_mm"])
         <= np.median(value["tre_before_mm"]) / 3,
@@ -79,7 +84,6 @@ def main():
     }
     for promise, kept in promises.items():
         print(f"{'kept  ' if kept else 'BROKEN'}  {promise}")
-    assert len(glands) == len(cases) and start[0] < 0.65
     sys.exit(0 if all(promises.values()) else 1)
 
 

@@ -1,5 +1,7 @@
 import config
 
+config.import_tensorflow()
+
 # isort: split
 import importlib.util
 import sys

@@ -17,7 +17,7 @@ def test_every_field_is_a_flag_and_survives_the_file(tmp_path):
         Config(), network="composite", ddf_levels=(1, 3), fixed_shape=(10, 11, 12), mirror_axis=-1, valid_dir="",
         learning_rate=2e-4,
     )  # fmt: skip
-    config.save(settings, tmp_path / "config.json")
+    (tmp_path / "config.json").write_text(config.as_json(settings))
     assert config.load(tmp_path / "config.json") == settings
 
 
@@ -60,6 +60,7 @@ def test_every_field_has_a_comment():
         "--folds 3 --fold 3",
         "--moving only.nii.gz",
         "--seed -1",
+        "--seed 5000000000",
     ],
 )
 def test_impossible_settings_end_with_one_line_that_names_them(words):

@@ -9,7 +9,7 @@ from scipy.spatial.transform import Rotation
 
 import helpers
 from config import InputError
-from utils import moving_offset
+from utils import moving_offset, reference_grid, resample
 
 
 def smooth_volume(rng, shape):
@@ -86,13 +86,37 @@ def test_simpleitk_applies_our_displacement_file_and_gets_our_warped_image(name,
 
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_a_zero_field_puts_the_centres_together_in_mm(name):
-    (fixed_shape, fixed_affine), (moving_shape, moving_affine) = GEOMETRIES[name]
-    grids = [helpers.network_grid(a, s, (10, 11, 12), 2.0) for s, a in GEOMETRIES[name]]
+    shapes = (10, 11, 12), (15, 12, 16)
+    grids = [helpers.network_grid(a, s, n, 2.0) for (s, a), n in zip(GEOMETRIES[name], shapes, strict=True)]
     centre = [a[:3, :3] @ ((np.array(s) - 1) / 2) + a[:3, 3] for s, a in GEOMETRIES[name]]
     one_voxel = np.eye(4)
     one_voxel[:3, 3] = centre[0]
-    displacement = helpers.displacement_on((1, 1, 1), one_voxel, np.zeros((10, 11, 12, 3)), *grids, [0, 0, 0])
+    zero, offset = np.zeros((*shapes[0], 3)), moving_offset(shapes[1], shapes[0])
+    displacement = helpers.displacement_on((1, 1, 1), one_voxel, zero, *grids, offset)
     np.testing.assert_allclose(centre[0] + displacement[0, 0, 0], centre[1], atol=1e-3)
+
+
+def test_the_written_warp_is_the_warp_of_the_training_step(rng):
+    """Where both volumes lie on the network grid, inference must give what the loss saw."""
+    fixed_shape, moving_shape = (12, 14, 10), (17, 16, 15)
+    fixed_affine, moving_affine = (
+        header(fixed_shape, (3, 3, 3))[1],
+        header(moving_shape, (3, 3, 3), origin=(9, 8, 7))[1],
+    )
+    moving = smooth_volume(rng, moving_shape)
+    ddf = ndimage.gaussian_filter(rng.normal(0, 8, (*fixed_shape, 3)), (2, 2, 2, 0)).astype(np.float32)
+    offset = moving_offset(moving_shape, fixed_shape)
+    points = (reference_grid(fixed_shape) + offset + ddf).numpy()
+    seen = resample(moving[None, ..., None], points[None])[0, ..., 0].numpy()
+    grids = (
+        helpers.network_grid(fixed_affine, fixed_shape, fixed_shape, 3.0),
+        helpers.network_grid(moving_affine, moving_shape, moving_shape, 3.0),
+    )
+    displacement = helpers.displacement_on(fixed_shape, fixed_affine, ddf, *grids, offset)
+    written = helpers.warp_to_fixed(moving, moving_affine, displacement, fixed_affine)
+    inside = ((points >= 0) & (points <= np.array(moving_shape) - 1)).all(axis=-1)  # they fade out differently
+    assert np.abs(ddf).max() > 0.5 and inside.mean() > 0.9
+    np.testing.assert_allclose(written[inside], seen[inside], atol=1e-3 * np.ptp(moving))
 
 
 def test_network_grid_does_not_depend_on_the_stored_orientation(rng):
@@ -179,8 +203,8 @@ def prepared(example):
 
 def test_batches_repeat_themselves_and_hold_what_they_should(prepared):
     arguments = {"batch_size": 3, "labels_per_pair": 0, "cross_patient": 0, "seed": 1}
-    batch, again = (helpers.sample_batch(prepared, 7, **arguments) for _ in range(2))
-    other = helpers.sample_batch(prepared, 8, **arguments)
+    batch, again = (helpers.sample_batch(prepared, range(3), 7, **arguments) for _ in range(2))
+    other = helpers.sample_batch(prepared, range(3), 8, **arguments)
     for name, array in batch.items():
         np.testing.assert_array_equal(array, again[name])
     assert any((batch[name] != other[name]).any() for name in batch)
@@ -192,9 +216,9 @@ def test_batches_repeat_themselves_and_hold_what_they_should(prepared):
 
 
 def test_one_label_per_pair_and_pairs_across_patients(prepared):
-    one = helpers.sample_batch(prepared, 0, 4, labels_per_pair=1, cross_patient=0, seed=0)
+    one = helpers.sample_batch(prepared, range(3), 0, 4, labels_per_pair=1, cross_patient=0, seed=0)
     assert one["fixed_labels"].shape[-1] == 1 and one["mask"].all()
-    crossed = helpers.sample_batch(prepared, 0, 8, labels_per_pair=0, cross_patient=1, seed=0)
+    crossed = helpers.sample_batch(prepared, range(3), 0, 8, labels_per_pair=0, cross_patient=1, seed=0)
     np.testing.assert_array_equal(crossed["mask"], np.eye(1, crossed["mask"].shape[1]).repeat(8, axis=0))
     for moving, fixed in zip(crossed["moving_image"], crossed["fixed_image"], strict=True):
         owners = [k for k in range(3) if np.array_equal(moving, prepared[k]["moving_image"])]

@@ -60,13 +60,14 @@ def test_every_weight_is_trained(network):
     for variable, gradient in zip(
         model.trainable_variables, tape.gradient(loss, model.trainable_variables), strict=True
     ):
-        assert gradient is not None and np.isfinite(gradient).all(), variable.path
+        assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0, variable.path
 
 
 def test_brightness_and_contrast_of_the_scanner_do_not_matter():
     model = build_network("local", (16, 16, 16), (16, 16, 16), **SMALL)
     moving, fixed = train_a_little(model, (16, 16, 16), (16, 16, 16))
-    np.testing.assert_allclose(model([moving, fixed]), model([3 * moving + 1, 0.5 * fixed - 2]), atol=1e-2)
+    ddf = model([moving, fixed]).numpy()
+    np.testing.assert_allclose(ddf, model([3 * moving + 1, 0.5 * fixed - 2]), atol=1e-3 * np.abs(ddf).max())
 
 
 @pytest.mark.parametrize("levels", [(0,), (4,), (1, 3), (0, 1, 2, 3, 4)])

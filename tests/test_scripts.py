@@ -14,7 +14,6 @@ import pytest
 import SimpleITK as sitk
 
 import config
-import helpers
 import inference
 import train
 
@@ -96,7 +95,10 @@ def test_one_new_pair_needs_no_labels_and_itk_reads_what_is_written(trained, exa
     status, out, err = call(inference, *words, f"--moving={tmp_path / 'mr.nii.gz'}", f"--fixed={tmp_path / 'us.nii'}")
     assert status == 0, err
     folder = tmp_path / "output" / "mr_to_us"
-    assert {path.name for path in folder.iterdir()} == {"warped_image.nii.gz", "displacement.nii.gz", "overview.png"}
+    assert {path.name for path in folder.iterdir()} == {
+        *("warped_image.nii.gz", "displacement.nii.gz", "overview.png"),
+        *("metrics.csv", "summary.txt"),  # its own: those of a whole test run stay as they are
+    }
     warped = sitk.ReadImage(str(folder / "warped_image.nii.gz"), sitk.sitkFloat32)
     field = sitk.ReadImage(str(folder / "displacement.nii.gz"), sitk.sitkVectorFloat64)
     original = sitk.ReadImage(str(moving), sitk.sitkFloat32)
@@ -169,6 +171,12 @@ def spoil_header(path):
     path.write_bytes(gzip.compress(bytes(raw)))
 
 
+def spoil_type(path):
+    raw = bytearray(gzip.decompress(path.read_bytes()))
+    raw[70:72] = (999).to_bytes(2, "little")  # a data type that no program knows
+    path.write_bytes(gzip.compress(bytes(raw)))
+
+
 FIRST = "moving_images/train00.nii.gz"
 LABELS = "fixed_labels/train00.nii.gz"
 BAD_DATA = {  # what happens to a data set -> (the file to spoil, how, words that the message must hold)
@@ -183,6 +191,7 @@ BAD_DATA = {  # what happens to a data set -> (the file to spoil, how, words tha
     "constant image": (FIRST, lambda p: edit(p, lambda d, a: d * 0), "every voxel"),
     "NaN voxels": (FIRST, lambda p: edit(p, set_nan), "NaN"),
     "singular header": (FIRST, spoil_header, "singular"),
+    "data type": (FIRST, spoil_type, "cannot be read"),
     "label count": (LABELS, lambda p: edit(p, lambda d, a: d[..., :1]), "labels, expected 1 as in"),
     "label shape": (LABELS, lambda p: edit(p, lambda d, a: d[1:]), "expected (88, 48, 80)"),
     "label header": (LABELS, lambda p: edit(p, set_shift), "same grid"),
@@ -210,6 +219,35 @@ def test_all_problems_are_reported_together(example, tmp_path, call):
         edit(tmp_path / "train" / "moving_images" / f"{case}.nii.gz", set_nan)
     status, _, err = call(train, *TINY, f"--train_dir={tmp_path / 'train'}", f"--model_dir={tmp_path / 'model'}")
     assert status == 2 and "train00" in err and "train02" in err and "train01" not in err
+
+
+def test_bad_test_data_are_all_named_before_anything_is_written(trained, example, tmp_path, call):
+    shutil.copytree(example / "test", tmp_path / "test")
+    edit(tmp_path / "test" / "moving_images" / "test01.nii.gz", set_nan)
+    truth = tmp_path / "test" / "true_displacement" / "test00.nii.gz"
+    truth.write_bytes(truth.read_bytes()[:1000])
+    words = [f"--model_dir={trained}", f"--test_dir={tmp_path / 'test'}", f"--output_dir={tmp_path / 'output'}"]
+    status, _, err = call(inference, *words)
+    assert status == 2 and "test01" in err and "test00" in err and not (tmp_path / "output").exists(), err
+
+
+def test_a_test_folder_without_labels_is_registered_and_not_measured(trained, example, tmp_path, call):
+    shutil.copytree(example / "test", tmp_path / "test")
+    for side in ("moving", "fixed"):
+        shutil.rmtree(tmp_path / "test" / f"{side}_labels")
+    words = [f"--model_dir={trained}", f"--test_dir={tmp_path / 'test'}", f"--output_dir={tmp_path / 'output'}"]
+    status, out, err = call(inference, *words)
+    assert status == 0 and "Dice" not in out, err
+    assert not list(tmp_path.glob("output/*/warped_labels.nii.gz")) and len(list(tmp_path.glob("output/*/*.png"))) == 2
+
+
+def test_held_out_patients_cannot_be_exchanged_after_training(trained, example, tmp_path, call):
+    shutil.copytree(trained, tmp_path / "model")
+    saved = json.loads((tmp_path / "model" / "config.json").read_text())
+    saved |= {"folds": 3, "fold": 0, "test_dir": ""}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(saved))
+    status, _, err = call(inference, f"--model_dir={tmp_path / 'model'}", "--folds=3", "--fold=1")
+    assert status == 2 and "--fold: found 1, expected 0" in err, err
 
 
 def bad_model(folder, how):
@@ -262,4 +300,3 @@ def test_help_works_without_a_model(tmp_path):
         [sys.executable, "inference.py", "--help"], cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout
     assert all(f"--{name}" in text for name in config.Config.__dataclass_fields__)
-    assert helpers.FOLDERS[0] == "moving_images"
