@@ -109,12 +109,7 @@ def parse(arguments=None, default=None):
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
-                Config,
-                args=arguments,
-                default=default or Config(),
-                use_underscores=True,
-            )
+            return tyro.cli(Config, args=arguments, default=default or Config(), use_underscores=True)
     except SystemExit as stop:
         if stop.code == 0:  # --help
             raise

@@ -214,10 +214,8 @@ def network_grid(affine, shape, grid_shape, voxel_size):
         direction[:, int(axis)] = sign * column / np.linalg.norm(column)
     u, _, vt = np.linalg.svd(direction)  # the nearest rotation, should the header be sheared
     centre = affine[:3, :3] @ ((np.array(shape) - 1) / 2) + affine[:3, 3]
-    grid = np.eye(4)
-    grid[:3, :3] = u @ vt * voxel_size
-    grid[:3, 3] = centre - grid[:3, :3] @ ((np.array(grid_shape) - 1) / 2)
-    return grid
+    axes = u @ vt * voxel_size
+    return nib.affines.from_matvec(axes, centre - axes @ ((np.array(grid_shape) - 1) / 2))
 
 
 def resample_to_grid(data, affine, grid, grid_shape):
@@ -298,9 +296,6 @@ class PreparedPairs:
     def _file(self, number):
         return os.path.join(self.scratch.name, f"{number}.npz")
 
-    def __len__(self):
-        return len(self.pairs)
-
     def __getitem__(self, number):
         with np.load(self._file(number)) as arrays:
             return dict(arrays)
@@ -362,9 +357,7 @@ def displacement_on(shape, affine, ddf, fixed_grid, moving_grid, offset):
         for k in range(3)
     ]
     # At voxel i of the image, y - x = moving_grid (to_grid i + offset) - affine i, which is affine in i, + the DDF's.
-    shift = np.eye(4)
-    shift[:3, 3] = offset
-    rest = moving_grid @ shift @ to_grid - affine
+    rest = moving_grid @ nib.affines.from_matvec(np.eye(3), offset) @ to_grid - affine
     result = np.stack(ddf, axis=-1) @ moving_grid[:3, :3].T.astype(np.float32)
     return result + voxel_to_world(shape, rest)
 
@@ -390,12 +383,6 @@ def warp_to_fixed(data, affine, displacement, fixed_affine):
     channels = np.moveaxis(data, -1, 0) if data.ndim == 4 else [data]
     warped = [np.where(inside, ndimage.map_coordinates(c, points, order=1, mode="nearest"), 0) for c in channels]
     return np.stack(warped, axis=-1) if data.ndim == 4 else warped[0]
-
-
-def nearest(volume, affine, shape, other_affine):
-    """A volume at the voxels of another grid in the same world, nearest neighbour; 0 outside."""
-    matrix = np.linalg.inv(affine) @ other_affine
-    return ndimage.affine_transform(volume, matrix[:3, :3], matrix[:3, 3], shape, order=0)
 
 
 # -- Write ---------------------------------------------------------------------------------------------------------

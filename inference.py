@@ -75,7 +75,7 @@ def main():
         case_rows[0]["folded_percent"] = 100 * np.mean(jacobian_determinant(ddf) <= 0)
         if pair.true_displacement and labels:
             truth, affine = helpers.read_displacement(pair.true_displacement)
-            gland = helpers.nearest(fixed.labels[..., 0], fixed.affine, truth.shape[:3], affine) > 0.5
+            gland = helpers.warp_to_fixed(fixed.labels[..., 0], fixed.affine, np.zeros_like(truth), affine) >= 0.5
             for when, field in fields.items():
                 error = helpers.displacement_on(truth.shape[:3], affine, field, *grids) - truth
                 case_rows[0][f"true_error_{when}_mm"] = np.linalg.norm(error[gland], axis=-1).mean()

@@ -25,9 +25,8 @@ def dice(warped, fixed):
 
 def jaccard(warped, fixed):
     """1 - soft Jaccard index (intersection over union) with squared sums, in [0, 1]."""
-    overlap = tf.reduce_sum(warped * fixed, [1, 2, 3])
-    total = tf.reduce_sum(warped**2, [1, 2, 3]) + tf.reduce_sum(fixed**2, [1, 2, 3])
-    return 1 - overlap / (total - overlap + EPSILON)
+    overlap = 1 - dice(warped, fixed)
+    return 1 - overlap / (2 - overlap)
 
 
 def cross_entropy(warped, fixed):

@@ -54,11 +54,9 @@ def main():
 
     # -- Network: it never sees a label ----------------------------------------------------------------------------
     network = build_network(**settings.network_settings(config))
+    warm_up, peak = config.steps // 10, config.learning_rate
     schedule = keras.optimizers.schedules.CosineDecay(
-        config.learning_rate / 20,
-        max(config.steps - config.steps // 10, 1),
-        warmup_target=config.learning_rate,
-        warmup_steps=config.steps // 10,
+        peak / 20, config.steps - warm_up, warmup_target=peak, warmup_steps=warm_up
     )
     optimizer = keras.optimizers.Adam(schedule, global_clipnorm=1.0)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 from scipy import ndimage
+from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -215,36 +216,19 @@ def us_image(x, t, patient, u, rng):
 
 
 def random_frame(rng):
-    """A scanner's own world: (4, 4) rotation of up to 10 degrees and a shift of up to 100 mm."""
-    rx, ry, rz = np.radians(rng.uniform(-10, 10, 3))
-    cos, sin = np.cos, np.sin
-    frame = np.eye(4)
-    frame[:3, :3] = (
-        np.array([[1, 0, 0], [0, cos(rx), -sin(rx)], [0, sin(rx), cos(rx)]])
-        @ np.array([[cos(ry), 0, sin(ry)], [0, 1, 0], [-sin(ry), 0, cos(ry)]])
-        @ np.array([[cos(rz), -sin(rz), 0], [sin(rz), cos(rz), 0], [0, 0, 1]])
-    )
-    frame[:3, 3] = rng.uniform(-100, 100, 3)
-    return frame
+    """A scanner's own world: (4, 4) rotation of up to 10 degrees about each axis and a shift of up to 100 mm."""
+    turn = Rotation.from_euler("xyz", rng.uniform(-10, 10, 3), degrees=True).as_matrix()
+    return nib.affines.from_matvec(turn, rng.uniform(-100, 100, 3))
 
 
 def centred_affine(shape, spacing):
-    affine = np.diag([*spacing, 1.0])
-    affine[:3, 3] = -affine[:3, :3] @ ((np.array(shape) - 1) / 2)
-    return affine
-
-
-def coarser(every):
-    """Voxel-to-voxel matrix of a grid that keeps voxels 1, 1 + every, 1 + 2 every, ..."""
-    matrix = np.diag([every, every, every, 1.0])
-    matrix[:3, 3] = 1
-    return matrix
+    return nib.affines.from_matvec(np.diag(spacing), -np.array(spacing) * (np.array(shape) - 1) / 2)
 
 
 def to_orientation(data, affine, orientation):
     """Store an RAS volume with other axis order and directions, e.g. "LPS"; the world stays the same."""
-    target = nib.orientations.axcodes2ornt(orientation)
-    change = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), target)
+    ras, target = (nib.orientations.axcodes2ornt(codes) for codes in ("RAS", orientation))
+    change = nib.orientations.ornt_transform(ras, target)
     stored = nib.orientations.apply_orientation(data, change)
     return stored, affine @ nib.orientations.inv_ornt_aff(change, data.shape[:3])
 
@@ -269,7 +253,8 @@ def write_pair(folder, case, seed):
         affine = mr_frame @ mr_grid if moving else us_frame @ us_grid
         stored, affine = to_orientation(data, affine, MR_ORIENTATION if moving else US_ORIENTATION)
         write_nifti(folder / name / f"{case}.nii.gz", stored, affine)
-    x, us_grid = x[1::TRUTH_SPACING, 1::TRUTH_SPACING, 1::TRUTH_SPACING], us_grid @ coarser(TRUTH_SPACING)
+    x = x[1::TRUTH_SPACING, 1::TRUTH_SPACING, 1::TRUTH_SPACING]
+    us_grid = us_grid @ nib.affines.from_matvec(TRUTH_SPACING * np.eye(3), [1, 1, 1])
     in_world = (x + u(x)) @ mr_frame[:3, :3].T + mr_frame[:3, 3] - (x @ us_frame[:3, :3].T + us_frame[:3, 3])
     stored, affine = to_orientation(in_world, us_frame @ us_grid, US_ORIENTATION)
     write_displacement(folder / "true_displacement" / f"{case}.nii.gz", stored, affine)

@@ -92,7 +92,7 @@ def score(pair, moving, fixed, ddf, *grids):
     displacement = helpers.displacement_on(fixed.image.shape, fixed.affine, ddf, *grids)
     warped = helpers.warp_to_fixed(moving.labels, moving.affine, displacement, fixed.affine)
     truth, affine = helpers.read_displacement(pair.true_displacement)
-    gland = helpers.nearest(fixed.labels[..., 0], fixed.affine, truth.shape[:3], affine) > 0.5
+    gland = helpers.warp_to_fixed(fixed.labels[..., 0], fixed.affine, np.zeros_like(truth), affine) >= 0.5
     error = np.linalg.norm(helpers.displacement_on(truth.shape[:3], affine, ddf, *grids) - truth, axis=-1)
     labels = zip(np.moveaxis(warped, -1, 0)[1:], np.moveaxis(fixed.labels, -1, 0)[1:], strict=True)
     return {
