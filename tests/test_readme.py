@@ -27,6 +27,10 @@ def test_headings_that_the_code_names_exist():
     assert named and named <= headings, named - headings
 
 
+def test_no_figure_is_missing():
+    assert not re.findall(r"@[A-Z_]+@", README)
+
+
 def test_links_and_pictures_exist():
     targets = re.findall(r"\]\(([^)#]+)\)", README)
     local = [target for target in targets if not target.startswith("http")]
