@@ -51,7 +51,7 @@ class Config:
     regulariser_weight: float = 0.5  # relative to the label similarity; larger = smoother
 
     # Training
-    steps: int = 1200  # gradient steps
+    steps: int = 1000  # gradient steps
     batch_size: int = 4  # pairs per step
     learning_rate: float = 1e-3  # peak of Adam's warm-up and cosine decay
     labels_per_pair: int = 0  # labels drawn from a pair in each step; 1 = as in the paper, 0 = all
