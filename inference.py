@@ -5,7 +5,8 @@
     python inference.py --help                                  every setting
 
 Writes to --output_dir, per case and on the fixed image's own grid: warped_image.nii.gz, warped_labels.nii.gz,
-displacement.nii.gz (ITK convention, opens in 3D Slicer), overview.png; and metrics.csv and summary.txt for all cases.
+displacement.nii.gz (ITK convention, opens in 3D Slicer), overview.png; and metrics.csv and summary.txt for all
+cases (for one new pair, in its own folder).
 """
 
 import config as settings
