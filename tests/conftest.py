@@ -14,9 +14,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def import_file(path):
+    """A module by its path, once: its worker processes look their functions up by name."""
+    if path.stem in sys.modules:
+        return sys.modules[path.stem]
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # so that its worker processes find it
+    sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     return module
 
