@@ -60,7 +60,47 @@ def main():
     )
     optimizer = keras.optimizers.Adam(schedule, global_clipnorm=1.0)
 
-    # -- One step: augment, predict, warp the labels, compare, descend ---------------------------------------------
+    train_step, valid_step = make_steps(config, network, optimizer)
+
+    # -- Optimise: sample, step, report, validate, save ------------------------------------------------------------
+    for name in (settings.BEST_NAME, settings.LAST_NAME):  # weights of an earlier training do not fit the new settings
+        (model_dir / name).unlink(missing_ok=True)
+    with helpers.written_aside(model_dir / settings.CONFIG_NAME) as aside:
+        aside.write_text(settings.as_json(config))
+    events = tf.summary.create_file_writer(str(model_dir))
+    history, recent, best_loss, start = [], [], float("inf"), time.time()
+    progress = tqdm(dataset, "training", config.steps, unit="step", disable=None)
+    for step, batch in enumerate(progress, start=1):
+        result = {name: float(value) for name, value in train_step(tf.constant(step), **batch).items()}
+        if not np.isfinite(result["loss"]):
+            raise settings.InputError(f"step {step}: the loss is {result['loss']}; try a smaller --learning_rate")
+        recent.append(result)
+        progress.set_postfix({name: f"{value:.3f}" for name, value in result.items()}, refresh=False)
+        if step % config.valid_every and step < config.steps:
+            continue
+        row = {"step": step, "minutes": round((time.time() - start) / 60, 2), **mean_of(recent)}
+        if valid_pairs:
+            results = [valid_step(**helpers.whole_pair(prepared, number)) for number in valid_numbers]
+            row |= {f"valid_{name}": value for name, value in mean_of(results).items()}
+        history.append(row)
+        recent = []
+        helpers.write_csv(model_dir / "history.csv", history)
+        helpers.plot_history(model_dir / "history.png", history)
+        with events.as_default(step):
+            for name, value in row.items():
+                tf.summary.scalar(name, value)
+        helpers.save_weights(network, model_dir / settings.LAST_NAME)
+        if not valid_pairs or row["valid_loss"] < best_loss:  # without validation the last weights are the best known
+            best_loss = row.get("valid_loss", best_loss)
+            helpers.save_weights(network, model_dir / settings.BEST_NAME)
+        tqdm.write(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
+    events.close()
+    what = "" if config.test_dir or config.folds else " --moving FILE --fixed FILE"
+    print(f"trained in {row['minutes']:.1f} minutes; next: python inference.py --model_dir {model_dir}{what}")
+
+
+def make_steps(config, network, optimizer):
+    """The training step (augment, predict, warp the labels, compare, descend) and the validation step."""
     fixed_grid, moving_grid = reference_grid(config.fixed_shape), reference_grid(config.moving_shape)
     offset = moving_offset(config.moving_shape, config.fixed_shape)
     on_gpu = bool(tf.config.list_physical_devices("GPU"))
@@ -119,41 +159,7 @@ def main():
         ddf = network([moving_image, fixed_image])
         return compare(ddf, moving_labels, fixed_labels, mask, moving_affine=tf.eye(3, 4)[None])
 
-    # -- Optimise: sample, step, report, validate, save ------------------------------------------------------------
-    for name in (settings.BEST_NAME, settings.LAST_NAME):  # weights of an earlier training do not fit the new settings
-        (model_dir / name).unlink(missing_ok=True)
-    with helpers.written_aside(model_dir / settings.CONFIG_NAME) as aside:
-        aside.write_text(settings.as_json(config))
-    events = tf.summary.create_file_writer(str(model_dir))
-    history, recent, best_loss, start = [], [], float("inf"), time.time()
-    progress = tqdm(dataset, "training", config.steps, unit="step", disable=None)
-    for step, batch in enumerate(progress, start=1):
-        result = {name: float(value) for name, value in train_step(tf.constant(step), **batch).items()}
-        if not np.isfinite(result["loss"]):
-            raise settings.InputError(f"step {step}: the loss is {result['loss']}; try a smaller --learning_rate")
-        recent.append(result)
-        progress.set_postfix({name: f"{value:.3f}" for name, value in result.items()}, refresh=False)
-        if step % config.valid_every and step < config.steps:
-            continue
-        row = {"step": step, "minutes": round((time.time() - start) / 60, 2), **mean_of(recent)}
-        if valid_pairs:
-            results = [valid_step(**helpers.whole_pair(prepared, number)) for number in valid_numbers]
-            row |= {f"valid_{name}": value for name, value in mean_of(results).items()}
-        history.append(row)
-        recent = []
-        helpers.write_csv(model_dir / "history.csv", history)
-        helpers.plot_history(model_dir / "history.png", history)
-        with events.as_default(step):
-            for name, value in row.items():
-                tf.summary.scalar(name, value)
-        helpers.save_weights(network, model_dir / settings.LAST_NAME)
-        if not valid_pairs or row["valid_loss"] < best_loss:  # without validation the last weights are the best known
-            best_loss = row.get("valid_loss", best_loss)
-            helpers.save_weights(network, model_dir / settings.BEST_NAME)
-        tqdm.write(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
-    events.close()
-    what = "" if config.test_dir or config.folds else " --moving FILE --fixed FILE"
-    print(f"trained in {row['minutes']:.1f} minutes; next: python inference.py --model_dir {model_dir}{what}")
+    return train_step, valid_step
 
 
 def mean_of(results):

@@ -1,0 +1,456 @@
+"""How fast, and how close to what the processor can do: this project beside MONAI with PyTorch, and its growth.
+
+    pip install -r tests/requirements-benchmark.txt
+    python tests/benchmark.py            the table below, and benchmark.json
+    python tests/benchmark.py growth     media/growth.png, and growth.json: time and memory against the size of the work
+
+Every contender lives in a process of its own and does each part of the same work in turn with the others (interleaved
+repeats); medians are shown. The work: 4 pairs on a 47x63x44 grid, one label each, label smoothing of 0 1 2 4 8 16
+voxels, bending energy, Adam. MONAI needs sizes that divide by 16, so its grid is padded to 48x64x48. Its LocalNet has
+7x7x7 kernels in the whole first level ("as shipped"); with 3x3x3 in that level's residual block, as in the paper and
+here, it is "same kernels". This project's training step also augments both volumes at random, MONAI's does not.
+What is not installed is left out.
+"""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+BATCH, GRID, PADDED = 4, (47, 63, 44), (48, 64, 48)
+SCALES = (0, 1, 2, 4, 8, 16)
+CHANNELS = (8, 16, 32)
+NETWORK_PARTS = "training step", "network, gradient", "forward, one pair", "peak memory"
+SMALL_PARTS = "warp, gradient", "warp, value", "multi-scale Dice, gradient", "bending energy, gradient"
+CONTENDERS = {
+    "ours": "this project",
+    "monai": "MONAI, same kernels",
+    "monai-last": "MONAI, same kernels, channels last",
+    "monai-shipped": "MONAI, as shipped",
+    "torch": "PyTorch grid_sample",
+    "scipy": "SciPy map_coordinates",
+    "sitk": "SimpleITK",
+}
+REPEATS = 5
+
+
+def example_work(shape, seed=0):
+    """Images (B, X, Y, Z), a blob-shaped label for each, and a displacement (B, X, Y, Z, 3) of a few voxels."""
+    rng = np.random.default_rng(seed)
+    images = rng.random((2, BATCH, *shape), np.float32)
+    index = np.moveaxis(np.indices(shape, np.float32), 0, -1)
+    centres = np.array(shape) / 2 + rng.uniform(-4, 4, (2, BATCH, 1, 1, 1, 3))
+    labels = (np.linalg.norm(index - centres, axis=-1) < 10).astype(np.float32)
+    displacement = 3 * np.sin(index / 9 + rng.uniform(0, 6, (BATCH, 1, 1, 1, 3))).astype(np.float32)
+    return *images, *labels, displacement
+
+
+# -- The contenders: a part of the work and the channels of the network -> a function that does it once --------------
+
+
+def ours(part, channels):
+    import config as settings
+
+    settings.import_tensorflow()
+    import keras
+    import tensorflow as tf
+
+    import train
+    from losses import bending_energy, dice, multi_scale
+    from networks import build_network
+    from utils import reference_grid, resample
+
+    moving, fixed, moving_label, fixed_label, displacement = map(tf.constant, example_work(GRID))
+    moving, fixed, moving_label, fixed_label = (v[..., None] for v in (moving, fixed, moving_label, fixed_label))
+
+    def with_gradient(function, variable, jit_compile=False):
+        @tf.function(jit_compile=jit_compile)
+        def run(variable):
+            with tf.GradientTape() as tape:
+                tape.watch(variable)
+                value = function(variable)
+            return value, tape.gradient(value, variable)
+
+        return lambda: run(variable)[1].numpy()
+
+    def warp(displacement):
+        return resample(moving_label, reference_grid(GRID) + displacement)
+
+    if part == "warp, gradient":  # of a sum in which each voxel has its own weight
+        return with_gradient(lambda d: tf.reduce_sum(warp(d) * fixed), displacement, jit_compile=True)
+    if part == "warp, value":
+        compiled = tf.function(warp, jit_compile=True)
+        return lambda: compiled(displacement).numpy()
+    if part == "multi-scale Dice, gradient":
+        return with_gradient(lambda label: tf.reduce_mean(multi_scale(dice, label, fixed_label, SCALES)), moving_label)
+    if part == "bending energy, gradient":
+        return with_gradient(bending_energy, displacement)
+    config = settings.Config(
+        voxel_size=1.5, fixed_shape=GRID, moving_shape=GRID, channels=channels, max_channels=16 * channels,
+        ddf_levels=(0, 1, 2, 3, 4), similarity_scales=SCALES, labels_per_pair=1,
+    )  # fmt: skip
+    network = build_network(**settings.network_settings(config))
+    if part == "operations":  # of all convolutions, forward and backward, for one pair
+        return lambda: convolution_operations(network)
+    if part == "forward, one pair":
+        predict = tf.function(network)
+        return lambda: predict([moving[:1], fixed[:1]]).numpy()
+    if part == "network, gradient":
+
+        @tf.function
+        def gradient():
+            with tf.GradientTape() as tape:
+                value = tf.reduce_sum(network([moving, fixed], training=True) * displacement)
+            return [tf.reduce_sum(g) for g in tape.gradient(value, network.trainable_variables)]
+
+        return lambda: gradient()[0].numpy()
+    if part == "training step":
+        optimizer = keras.optimizers.Adam(1e-5, global_clipnorm=1.0)
+        step, _ = train.make_steps(config, network, optimizer)
+        mask = tf.ones((BATCH, 1))
+        return lambda: step(tf.constant(1), moving, fixed, moving_label, fixed_label, mask)["loss"].numpy()
+    if part == "large convolution":  # the yardstick: 32 channels to 32, forward and backward
+        x = tf.random.normal((BATCH, *GRID, 32))
+        layer = keras.layers.Conv3D(32, 3, padding="same")
+        layer.build(x.shape)
+
+        @tf.function
+        def convolve():
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y = layer(x)
+            return tape.gradient(y, [x, *layer.trainable_variables], output_gradients=x)
+
+        return lambda: convolve()[1].numpy()
+    return None
+
+
+def convolution_operations(network):
+    """Multiplications and additions of one pair's convolutions with their two gradients (one for those of images)."""
+    total = 0
+    for layer in network.layers:
+        if type(layer).__name__ == "Conv3D":
+            voxels = np.prod(layer.output.shape[1:4])
+            backward = 1 if layer.input.shape[-1] == 2 else 2
+            total += (1 + backward) * 2 * voxels * np.prod(layer.kernel.shape)
+    return float(total)
+
+
+def monai(part, channels, channels_last=False, shipped=False):
+    import torch
+    from monai.losses import BendingEnergyLoss, DiceLoss, MultiScaleLoss
+    from monai.networks.blocks import Warp
+    from monai.networks.blocks.regunet_block import RegistrationResidualConvBlock
+    from monai.networks.nets import LocalNet
+
+    layout = torch.channels_last_3d if channels_last else torch.contiguous_format
+    *volumes, displacement = map(torch.from_numpy, example_work(PADDED))
+    moving, fixed, moving_label, fixed_label = (v[:, None].contiguous(memory_format=layout) for v in volumes)
+    displacement = displacement.permute(0, 4, 1, 2, 3).contiguous(memory_format=layout)
+    warp, bending = Warp(padding_mode="zeros"), BendingEnergyLoss()
+    similarity = MultiScaleLoss(DiceLoss(squared_pred=True), scales=list(SCALES))
+
+    def with_gradient(function, variable):
+        def run():
+            variable.grad = None
+            function(variable).backward()
+            return variable.grad
+
+        variable.requires_grad_()
+        return run
+
+    if part == "warp, gradient":
+        return with_gradient(lambda d: (warp(moving_label, d) * fixed).sum(), displacement)
+    if part == "warp, value":
+        return lambda: warp(moving_label, displacement)
+    if part == "multi-scale Dice, gradient":
+        return with_gradient(lambda label: similarity(fixed_label, label), moving_label)
+    if part == "bending energy, gradient":
+        return with_gradient(bending, displacement)
+    if part not in NETWORK_PARTS:
+        return None
+    network = LocalNet(3, 2, channels, extract_levels=(0, 1, 2, 3, 4), out_kernel_initializer="zeros")
+    if not shipped:
+        network.encode_convs[0][1] = RegistrationResidualConvBlock(3, channels, channels, kernel_size=3)
+    network = network.to(memory_format=layout)
+    optimizer = torch.optim.Adam(network.parameters(), 1e-5)
+    images = torch.cat([moving, fixed], dim=1).contiguous(memory_format=layout)
+    if part == "forward, one pair":
+        network.eval()
+
+        def forward():
+            with torch.inference_mode():
+                return network(images[:1])
+
+        return forward
+
+    def network_gradient():
+        optimizer.zero_grad()
+        (network(images) * displacement).sum().backward()
+
+    def step():
+        optimizer.zero_grad()
+        ddf = network(images)
+        loss = similarity(fixed_label, warp(moving_label, ddf)) + 0.5 * bending(ddf)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return {"network, gradient": network_gradient, "training step": step}[part]
+
+
+def torch(part, channels):
+    if part != "warp, gradient":
+        return None
+    from torch import from_numpy, linspace, meshgrid, stack
+    from torch.nn.functional import grid_sample
+
+    _, _, label, weight, displacement = example_work(GRID)
+    axes = [linspace(-1, 1, n) for n in GRID[::-1]]
+    grid = stack(meshgrid(*axes, indexing="ij")[::-1], -1)  # coordinates x, y, z of a volume (B, C, Z, Y, X)
+    points = (
+        grid + from_numpy(displacement.transpose(0, 3, 2, 1, 4) * 2 / np.array(GRID, np.float32))
+    ).requires_grad_()
+    label, weight = (from_numpy(v.transpose(0, 3, 2, 1)[:, None].copy()) for v in (label, weight))
+
+    def run():
+        points.grad = None
+        (grid_sample(label, points, align_corners=True) * weight).sum().backward()
+
+    return run
+
+
+def scipy(part, channels):
+    if part != "warp, value":
+        return None
+    from scipy import ndimage
+
+    _, _, label, _, displacement = example_work(GRID)
+    points = np.moveaxis(np.moveaxis(np.indices(GRID, np.float32), 0, -1) + displacement, -1, 1)
+    return lambda: [ndimage.map_coordinates(*pair, order=1) for pair in zip(label, points, strict=True)]
+
+
+def sitk(part, channels):
+    if part != "warp, value":
+        return None
+    import SimpleITK
+
+    _, _, label, _, displacement = example_work(GRID)
+    images = [SimpleITK.GetImageFromArray(v.T) for v in label]
+    fields = [SimpleITK.GetImageFromArray(d.transpose(2, 1, 0, 3).astype(float), isVector=True) for d in displacement]
+    transforms = [SimpleITK.DisplacementFieldTransform(field) for field in fields]
+    return lambda: [SimpleITK.Resample(i, i, t, SimpleITK.sitkLinear) for i, t in zip(images, transforms, strict=True)]
+
+
+MAKERS = {
+    "ours": ours,
+    "monai": monai,
+    "monai-last": lambda *work: monai(*work, channels_last=True),
+    "monai-shipped": lambda *work: monai(*work, shipped=True),
+    "torch": torch,
+    "scipy": scipy,
+    "sitk": sitk,
+}
+
+# -- A contender's process: reads requests, answers with seconds -----------------------------------------------------
+
+
+def serve(contender):
+    """Each line of standard input is [part, channels]; each answer is seconds per run, or None: no such part."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print is no answer
+    key, run, count = None, None, 1
+    for line in sys.stdin:
+        part, channels = json.loads(line)
+        if (part, channels) != key:
+            key, run = (part, channels), None
+            try:
+                run = MAKERS[contender](part, channels)
+            except ImportError as error:
+                print(f"{contender}: {error}", file=sys.stderr)
+            if run and part not in ("operations", "peak memory"):
+                run()  # compile, allocate
+                run()
+                start = time.perf_counter()
+                run()
+                count = max(1, round(0.5 / (time.perf_counter() - start)))  # half a second each time
+        answer = None
+        if run and part == "operations":
+            answer = run()
+        elif run:
+            start = time.perf_counter()
+            for _ in range(count):
+                run()
+            answer = (time.perf_counter() - start) / count
+        print(json.dumps(answer), file=answers)
+    print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20), file=answers)  # GB at the end
+
+
+class Process:
+    def __init__(self, contender):
+        words = [sys.executable, __file__, "serve", contender]
+        errors = subprocess.DEVNULL if "--verbose" not in sys.argv else None
+        self.process = subprocess.Popen(words, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
+
+    def ask(self, part, channels):
+        print(json.dumps([part, channels]), file=self.process.stdin, flush=True)
+        return json.loads(self.process.stdout.readline())
+
+    def end(self):
+        """Stop it; returns its peak resident memory in GB."""
+        answer, _ = self.process.communicate()
+        return json.loads(answer)
+
+
+def measure(part, channels, names):
+    """Median seconds of each contender that knows the part; for "peak memory" GB of a process that only trains."""
+    processes = {name: Process(name) for name in names}
+    asked = "training step" if part == "peak memory" else part
+    times = {name: [process.ask(asked, channels)] for name, process in processes.items()}
+    times = {name: values for name, values in times.items() if values[0] is not None}
+    if part != "peak memory":
+        for _ in range(REPEATS - 1):
+            for name, values in times.items():
+                values.append(processes[name].ask(asked, channels))
+    memory = {name: process.end() for name, process in processes.items()}
+    return {name: memory[name] if part == "peak memory" else float(np.median(v)) for name, v in times.items()}
+
+
+def compare():
+    rows = []
+    for part in (*SMALL_PARTS, *NETWORK_PARTS):
+        for channels in CHANNELS if part in NETWORK_PARTS else (0,):
+            rows.append({"part": part, "channels": channels, **measure(part, channels, CONTENDERS)})
+            show(rows[-1])
+    operations = {c: BATCH * measure("operations", c, ["ours"])["ours"] for c in CHANNELS}
+    work = (1 + 2) * 2 * BATCH * np.prod(GRID) * 27 * 32 * 32
+    rate = work / measure("large convolution", 0, ["ours"])["ours"]
+    print(f"\none large convolution (3x3x3, 32 to 32 channels, with gradients): {rate / 1e9:.0f} GFLOP/s")
+    limit = {}
+    for row in rows:
+        if row["part"] in ("training step", "network, gradient"):
+            share = operations[row["channels"]] / rate / row["ours"]
+            limit[f"{row['part']}, {row['channels']} channels"] = share
+            print(f"{row['part']}, {row['channels']} channels: {100 * share:.0f} % of the convolution limit")
+    return {"rows": rows, "operations": operations, "large convolution, FLOP/s": rate, "share of limit": limit}
+
+
+def show(row):
+    """One line of the table: this project's figure, then how many times as much each other one takes."""
+    unit, factor = (" GB", 1) if row["part"] == "peak memory" else (" ms", 1e3)
+    title = row["part"] + (f", {row['channels']} channels" if row["channels"] else "")
+    others = [f"{CONTENDERS[n]} {row[n] / row['ours']:.2f}x" for n in row if n in CONTENDERS and n != "ours"]
+    print(f"{title:<34}{row['ours'] * factor:9.2f}{unit}   {'; '.join(others)}", flush=True)
+
+
+# -- Growth ----------------------------------------------------------------------------------------------------------
+
+GROWTH = {  # panel -> (axis title, the changes of each point); all else as in config.py, with random volumes
+    "voxels": ("voxels of either grid, one pair per step", [
+        (n**3, {"fixed_shape": (n, n, n), "moving_shape": (n, n, n), "batch_size": 1}) for n in (32, 48, 64, 96, 128)
+    ]),
+    "channels": ("channels of the first level", [(c, {"channels": c}) for c in (4, 8, 16, 32)]),
+    "labels": ("labels of each pair", [(n, {"labels": n}) for n in (1, 2, 4, 8, 16)]),
+    "cases": ("pairs to train on", [(n, {"cases": n}) for n in (10, 100, 500, 2000)]),
+}  # fmt: skip
+
+
+def grow_point(cores, cases=4, labels=4, **changes):
+    """Median seconds of a step with its sampling, and the peak resident memory in GB, on so many cores."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+    import config as settings
+
+    settings.import_tensorflow()
+    import keras
+    import nibabel as nib
+    import tensorflow as tf
+
+    import helpers
+    import train
+    from networks import build_network
+
+    config = settings.Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()})
+    affine = np.diag([config.voxel_size] * 3 + [1.0])
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        for side, shape in (("moving", config.moving_shape), ("fixed", config.fixed_shape)):
+            label = np.zeros((*shape, labels), np.uint8)
+            label[tuple(slice(n // 3, 2 * n // 3) for n in shape)] = 1
+            for kind in ("images", "labels"):
+                Path(folder, f"{side}_{kind}").mkdir()
+            for case in range(cases):
+                image = nib.Nifti1Image(rng.integers(0, 255, shape, np.uint8), affine)
+                image.to_filename(Path(folder, f"{side}_images", f"{case}.nii"))
+                nib.Nifti1Image(label, affine).to_filename(Path(folder, f"{side}_labels", f"{case}.nii"))
+        prepared = helpers.PreparedPairs(
+            helpers.find_pairs(folder), config.fixed_shape, config.moving_shape, config.voxel_size
+        )
+    network = build_network(**settings.network_settings(config))
+    step, _ = train.make_steps(config, network, keras.optimizers.Adam(config.learning_rate, global_clipnorm=1.0))
+    times = []
+    for number in range(10):
+        start = time.perf_counter()
+        drawing = config.batch_size, config.labels_per_pair, config.cross_patient, config.seed
+        batch = helpers.sample_batch(prepared, range(cases), number, *drawing)
+        step(tf.constant(number), **batch)["loss"].numpy()
+        times.append(time.perf_counter() - start)
+        if number >= 4 and sum(times[2:]) > 20:
+            break
+    return {"seconds": np.median(times[2:]), "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+
+
+def grow():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    cores = sorted({1, min(2, len(os.sched_getaffinity(0)))})
+    figure, axes = plt.subplots(2, len(GROWTH), figsize=(14, 6), layout="constrained", sharex="col")
+    results = []
+    for column, (panel, (title, points)) in zip(axes.T, GROWTH.items(), strict=True):
+        for count in cores:
+            rows = []
+            for value, changes in points:
+                words = [sys.executable, __file__, "point", json.dumps({"cores": count, **changes})]
+                done = subprocess.run(words, capture_output=True, text=True)
+                if done.returncode:
+                    sys.exit(f"{' '.join(words)}\n{done.stderr[-2000:]}")
+                rows.append({"panel": panel, "value": value, "cores": count, **json.loads(done.stdout.split("\n")[-2])})
+                print(json.dumps(rows[-1]), flush=True)
+            results += rows
+            style = {"marker": "o", "label": f"{count} core{'s' * (count > 1)}"}
+            for axis, name in zip(column, ("seconds", "memory"), strict=True):
+                axis.plot([row["value"] for row in rows], [row[name] for row in rows], **style)
+        for axis in column:
+            logarithmic = panel in ("voxels", "cases")
+            axis.set_xscale("log" if logarithmic else "linear")
+            axis.set_yscale("log" if panel == "voxels" else "linear")
+            if panel != "voxels":
+                axis.set_ylim(bottom=0)
+            axis.grid(alpha=0.3)
+        column[1].set_xlabel(title)
+    axes[0, 0].set_ylabel("seconds per training step")
+    axes[1, 0].set_ylabel("peak memory, GB")
+    axes[0, 0].legend()
+    figure.savefig(ROOT / "media" / "growth.png", dpi=80)
+    return results
+
+
+if __name__ == "__main__":
+    mode, *rest = [word for word in sys.argv[1:] if word != "--verbose"] or ["compare"]
+    if mode == "serve":
+        serve(*rest)
+    elif mode == "point":
+        print(json.dumps(grow_point(**json.loads(rest[0]))))
+    else:
+        name, result = ("growth.json", grow()) if mode == "growth" else ("benchmark.json", compare())
+        Path(name).write_text(json.dumps(result, indent=1))
