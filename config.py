@@ -37,9 +37,10 @@ class Config:
     moving_shape: tuple[int, int, int] = (36, 36, 32)  # voxels of the network grid on the moving image (RAS order)
 
     # Network: inference.py reads this group, and the three grid settings above, from the trained model's folder.
-    network: Literal["local", "global", "composite"] = "local"  # DDF, 12-parameter affine, or affine then DDF
+    # DDF; 12-parameter affine; affine, then DDF; shift between the glands' centres, then DDF
+    network: Literal["local", "global", "composite", "centred"] = "centred"
     channels: int = 16  # of the local network's first level, doubled at each of the four next (paper: 32)
-    global_channels: int = 8  # the same for the global network (paper: 8)
+    global_channels: int = 8  # the same for the networks that find the affine or the shift (paper: 8)
     max_channels: int = 64  # where the doubling ends, for both (paper: 512)
     first_kernel: int = 7  # voxels, edge of the first convolution's kernel; odd
     ddf_levels: tuple[int, ...] = (1, 2, 3, 4)  # levels whose DDFs are summed, 0 finest, 4 coarsest; without 0 faster

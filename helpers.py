@@ -320,7 +320,7 @@ def sample_batch(prepared, numbers, step, batch_size, labels_per_pair, cross_pat
             chosen = chosen[:1]
         elif labels_per_pair:
             chosen = rng.permutation(chosen)[:labels_per_pair]
-        batch.append(choose_labels(arrays, chosen, labels_per_pair or max(prepared.label_counts)))
+        batch.append(choose_labels(arrays, chosen, max(prepared.label_counts)))
     return {name: np.stack([arrays[name] for arrays in batch]) for name in batch[0]}
 
 
@@ -332,13 +332,16 @@ def whole_pair(prepared, number):
 
 
 def choose_labels(arrays, chosen, size):
-    """The chosen labels of a pair, filled up with empty ones to `size`, and the mask (size,) of those in view."""
+    """A pair's images and labels, filled up with empty labels to `size`; mask (size,) of those chosen and in view."""
     result = {name: arrays[name].astype(np.float32) for name in ("moving_image", "fixed_image")}
+    mask = np.isin(np.arange(size), chosen)
     for name in ("moving_labels", "fixed_labels"):
-        result[name] = np.zeros((*arrays[name].shape[:3], size), np.float32)
-        result[name][..., : len(chosen)] = arrays[name][..., chosen] / np.float32(255)
-    seen = (result["moving_labels"].max((0, 1, 2)) > 0) & (result["fixed_labels"].max((0, 1, 2)) > 0)
-    return {**result, "mask": seen.astype(np.float32)}
+        labels = arrays[name]
+        count = labels.shape[-1]
+        result[name] = np.zeros((*labels.shape[:3], size), np.float32)
+        result[name][..., :count] = labels * np.float32(1 / 255)
+        mask[:count] &= labels.reshape(-1, count).max(axis=0) > 0
+    return {**result, "mask": mask.astype(np.float32)}
 
 
 # -- Full resolution -----------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ def main():
         grids = network_fixed.affine, network_moving.affine, offset
 
         # -- Predict: images in, DDF out, both on the network grid -------------------------------------------------
-        ddf = predict([network_moving.image[None], network_fixed.image[None]])[0].numpy()
+        ddf = predict([network_moving.image[None], network_fixed.image[None]])["ddf"][0].numpy()
 
         # -- Warp: the original volumes, each resampled once, onto the fixed image's own grid ----------------------
         fields = {"before": np.zeros_like(ddf), "after": ddf}

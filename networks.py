@@ -122,10 +122,27 @@ def global_affine(moving, fixed, channels, max_channels, first_kernel):
     return layers.Lambda(to_affine)(entries)
 
 
+def gland_map(image, channels, max_channels):
+    """Where in one image (B, X, Y, Z, 1) the gland is, from 0 to 1, worked out at half the resolution; 0.5 at first."""
+    half = activation(layers.Conv3D(channels, 5, strides=2, padding="same", kernel_initializer="he_normal")(image))
+    x, *finer = encoder(half, 2 * channels, max_channels, 3)[2::-1]
+    for skip in finer:
+        x = up_block(x, skip)
+    score = layers.Conv3D(1, 3, padding="same", kernel_initializer="zeros")(x)
+    return layers.Activation("sigmoid")(upsample(score, image.shape[1:4]))
+
+
+def centre_of_mass(gland):
+    """Of a map (B, X, Y, Z, 1), squared so that faint voxels far away count for little: (B, 3) voxels."""
+    weights = tf.reshape(gland**2, [tf.shape(gland)[0], 1, -1])
+    grid = tf.reshape(reference_grid(gland.shape[1:4]), [-1, 3])
+    return (weights @ grid)[:, 0] / tf.maximum(tf.reduce_sum(weights, -1), 1e-6)
+
+
 def build_network(
     network, moving_shape, fixed_shape, channels, global_channels, max_channels, first_kernel, ddf_levels
 ):
-    """The Keras model of "local", "global" or "composite" for the two grids."""
+    """The Keras model of "local", "global", "composite" or "centred" for the two grids."""
     moving_image = layers.Input((*moving_shape, 1))
     fixed_image = layers.Input((*fixed_shape, 1))
     moving, fixed = layers.Lambda(standardise)(moving_image), layers.Lambda(standardise)(fixed_image)
@@ -138,19 +155,35 @@ def build_network(
     def apply_affine(affine, points=grid):
         return transform_points(points, affine, fixed_shape)
 
+    def shift_of_centres(maps):  # as an affine: from the fixed gland's centre to that of the moving one
+        shift = centre_of_mass(maps[0]) - centre_of_mass(maps[1]) - offset
+        return tf.concat([tf.eye(3, batch_shape=[tf.shape(shift)[0]]), shift[..., None]], axis=-1)
+
+    def beside(image, gland):  # a second channel, which the local network reads but does not teach
+        return layers.Lambda(lambda v: tf.concat([v[0], tf.stop_gradient(v[1]) - 0.5], -1))([image, gland])
+
+    def model(ddf, **maps):
+        return keras.Model([moving_image, fixed_image], {"ddf": ddf, **maps})
+
     local = channels, max_channels, first_kernel, ddf_levels
     aligned = layers.Lambda(on_fixed_grid)(moving)
     if network == "local":
-        return keras.Model([moving_image, fixed_image], local_ddf(aligned, fixed, *local))
+        return model(local_ddf(aligned, fixed, *local))
 
-    affine = global_affine(aligned, fixed, global_channels, max_channels, first_kernel)
+    maps = {}
+    if network == "centred":
+        glands = [gland_map(image, global_channels, max_channels) for image in (moving, fixed)]
+        affine = layers.Lambda(lambda v: tf.stop_gradient(shift_of_centres(v)))(glands)
+        maps = {"moving_gland": glands[0], "fixed_gland": glands[1]}
+        moving, fixed = beside(moving, glands[0]), beside(fixed, glands[1])
+    else:
+        affine = global_affine(aligned, fixed, global_channels, max_channels, first_kernel)
     if network == "global":
-        ddf = layers.Lambda(lambda a: apply_affine(a) - grid)(affine)
-        return keras.Model([moving_image, fixed_image], ddf)
+        return model(layers.Lambda(lambda a: apply_affine(a) - grid)(affine))
 
-    # Composite: the affine first; the local network then sees the moving image that it warped. A fixed point goes
-    # through the local DDF, then through the affine: i -> A (i + local(i)).
+    # Composite and centred: the affine first; the local network then sees the moving image that it warped. A fixed
+    # point goes through the local DDF, then through the affine: i -> A (i + local(i)).
     warped = layers.Lambda(lambda v: resample(v[0], apply_affine(v[1]) + offset))([moving, affine])
     local_field = local_ddf(warped, fixed, *local)
     ddf = layers.Lambda(lambda v: apply_affine(v[1], grid + v[0]) - grid)([local_field, affine])
-    return keras.Model([moving_image, fixed_image], ddf)
+    return model(ddf, **maps)

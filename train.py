@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import helpers
 from losses import REGULARISERS, SIMILARITIES, mean_over_labels, multi_scale
+from losses import dice as dice_loss
 from networks import build_network
 from utils import label_metrics, moving_offset, random_affine, random_gamma, reference_grid, resample, transform_points
 
@@ -106,31 +107,38 @@ def make_steps(config, network, optimizer):
     on_gpu = bool(tf.config.list_physical_devices("GPU"))
 
     @tf.function(jit_compile=True)
-    def augment(moving_image, fixed_image, fixed_labels, moving_affine, fixed_affine):
-        """The pair as if it had been scanned in another position: both images and the fixed labels, resampled."""
+    def augment(moving, fixed, moving_affine, fixed_affine):
+        """The pair as if it had been scanned in another position: images and labels, resampled together."""
         moving_points = transform_points(moving_grid[None], moving_affine, config.moving_shape)
         fixed_points = transform_points(fixed_grid[None], fixed_affine, config.fixed_shape)
-        fixed = resample(tf.concat([fixed_image, fixed_labels], axis=-1), fixed_points)
-        return resample(moving_image, moving_points), fixed[..., :1], fixed[..., 1:]
+        return resample(tf.concat(moving, axis=-1), moving_points), resample(tf.concat(fixed, axis=-1), fixed_points)
 
     @tf.function(jit_compile=True)  # XLA fuses the many small steps of a warp; on a CPU it is no good for the rest
     def warp_labels(labels, ddf, moving_affine):
         """One resampling through DDF and augmentation together: label'(i) = label(A (i + offset + ddf(i)))."""
         return resample(labels, transform_points(fixed_grid + offset + ddf, moving_affine, config.moving_shape))
 
-    def compare(ddf, moving_labels, fixed_labels, mask, moving_affine):
-        """The loss of a DDF, its parts, and two figures that a person can read."""
+    def compare(outputs, moving_labels, fixed_labels, mask, moving_affine, moving_gland):
+        """The loss of what the network gave, its parts, and two figures that a person can read."""
+        ddf = outputs["ddf"]
         warped_labels = warp_labels(moving_labels, ddf, moving_affine)
         similarities = multi_scale(
             SIMILARITIES[config.similarity], warped_labels, fixed_labels, config.similarity_scales
         )
         similarity = mean_over_labels(similarities, mask)
         regulariser = REGULARISERS[config.regulariser](ddf)
+        gland = 0.0  # how far the gland maps of the centred network are from the gland, 0 to 2
+        if "moving_gland" in outputs:
+            gland = tf.reduce_mean(
+                dice_loss(outputs["moving_gland"], moving_gland)
+                + dice_loss(outputs["fixed_gland"], fixed_labels[..., :1])
+            )
         dice, distance = label_metrics(tf.stop_gradient(warped_labels), fixed_labels)
         return {
-            "loss": similarity + config.regulariser_weight * regulariser,
+            "loss": similarity + config.regulariser_weight * regulariser + gland,
             "similarity": similarity,
             "regulariser": regulariser,
+            "gland": gland,
             "dice": mean_over_labels(dice, mask),
             "tre": mean_over_labels(distance, mask) * config.voxel_size,
         }
@@ -142,22 +150,21 @@ def make_steps(config, network, optimizer):
         size, mirroring = config.affine_augmentation, (side, config.mirror_axis)
         moving_affine = random_affine(seeds[1], config.batch_size, config.moving_shape, size, *mirroring)
         fixed_affine = random_affine(seeds[2], config.batch_size, config.fixed_shape, size, *mirroring)
-        moving_image, fixed_image, fixed_labels = augment(
-            moving_image, fixed_image, fixed_labels, moving_affine, fixed_affine
-        )
-        moving_image = random_gamma(moving_image, seeds[3], config.intensity_augmentation)
-        fixed_image = random_gamma(fixed_image, seeds[4], config.intensity_augmentation)
+        moving = [moving_image, moving_labels[..., :1]]  # the gland's own copy, for the network that looks for it
+        moving, fixed = augment(moving, [fixed_image, fixed_labels], moving_affine, fixed_affine)
+        moving_image = random_gamma(moving[..., :1], seeds[3], config.intensity_augmentation)
+        fixed_image = random_gamma(fixed[..., :1], seeds[4], config.intensity_augmentation)
         with tf.GradientTape() as tape:
-            ddf = network([moving_image, fixed_image], training=True)
-            result = compare(ddf, moving_labels, fixed_labels, mask, moving_affine)
+            outputs = network([moving_image, fixed_image], training=True)
+            result = compare(outputs, moving_labels, fixed[..., 1:], mask, moving_affine, moving[..., 1:])
         gradients = tape.gradient(result["loss"], network.trainable_variables)
         optimizer.apply_gradients(zip(gradients, network.trainable_variables, strict=True))
         return result
 
     @tf.function
     def valid_step(moving_image, fixed_image, moving_labels, fixed_labels, mask):
-        ddf = network([moving_image, fixed_image])
-        return compare(ddf, moving_labels, fixed_labels, mask, moving_affine=tf.eye(3, 4)[None])
+        outputs = network([moving_image, fixed_image])
+        return compare(outputs, moving_labels, fixed_labels, mask, tf.eye(3, 4)[None], moving_labels[..., :1])
 
     return train_step, valid_step
 

@@ -102,13 +102,13 @@ def ours(part, channels):
         return lambda: convolution_operations(network)
     if part == "forward, one pair":
         predict = tf.function(network)
-        return lambda: predict([moving[:1], fixed[:1]]).numpy()
+        return lambda: predict([moving[:1], fixed[:1]])["ddf"].numpy()
     if part == "network, gradient":
 
         @tf.function
         def gradient():
             with tf.GradientTape() as tape:
-                value = tf.reduce_sum(network([moving, fixed], training=True) * displacement)
+                value = tf.reduce_sum(network([moving, fixed], training=True)["ddf"] * displacement)
             return [tf.reduce_sum(g) for g in tape.gradient(value, network.trainable_variables)]
 
         return lambda: gradient()[0].numpy()

@@ -52,7 +52,7 @@ def main():
         for name, result in results.items():
             ddf = np.zeros((*config.fixed_shape, 3), np.float32)
             if name in inputs:
-                ddf = network([image[None].astype(np.float32) for image in inputs[name]])[0].numpy()
+                ddf = network([image[None].astype(np.float32) for image in inputs[name]])["ddf"][0].numpy()
             result.append(score(*originals, ddf, fixed.affine, moving.affine, offset))
     print(f"{len(cases)} test pairs            median gland Dice  median TRE, mm  mean true error in the gland, mm")
     medians = {}
