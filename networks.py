@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 from keras import layers
 
-from utils import moving_offset, reference_grid, resample, resize, transform_points
+from utils import apply_along_axes, moving_offset, reference_grid, resample, resize, shift_matrix, transform_points
 
 # -- Blocks --------------------------------------------------------------------------------------------------------
 
@@ -150,7 +150,8 @@ def build_network(
     offset = moving_offset(moving_shape, fixed_shape)
 
     def on_fixed_grid(volume):  # the moving image as a DDF of zero would warp it
-        return resample(volume, tf.repeat(grid + offset, tf.shape(volume)[0], axis=0))
+        axes = zip(moving_shape, fixed_shape, offset, strict=True)
+        return apply_along_axes(volume, [shift_matrix(*axis) for axis in axes])
 
     def apply_affine(affine, points=grid):
         return transform_points(points, affine, fixed_shape)

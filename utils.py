@@ -39,27 +39,40 @@ def moving_offset(moving_shape, fixed_shape):
 def resample(volume, points):
     """Trilinear interpolation; the volume fades to zero over one voxel beyond its outermost centres.
 
-    volume: (B, X, Y, Z, C); points: (B, ..., 3) voxels. Returns (B, ..., C). Differentiable in both.
+    volume: (B, X, Y, Z, C); points: (B, ..., 3) voxels. Returns (B, ..., C). Differentiable in the points alone: their
+    gradient is written out, because what automatic differentiation makes of the eight neighbours takes twice as long.
     """
-    batch, shape, channels = tf.shape(volume)[0], volume.shape[1:4], volume.shape[4]
-    flat_volume = tf.reshape(volume, [batch, -1, channels])
-    lower = tf.floor(tf.stop_gradient(points))
-    fraction = points - lower
-    index, weight = [], []  # per axis: (lower, upper) neighbour and its weight, 0 beyond the volume
-    for axis, size in enumerate(shape):
-        i = tf.cast(lower[..., axis], tf.int32)
-        f = fraction[..., axis]
-        inside = [tf.cast((j >= 0) & (j < size), f.dtype) for j in (i, i + 1)]
-        index.append([tf.clip_by_value(j, 0, size - 1) for j in (i, i + 1)])
-        weight.append([(1 - f) * inside[0], f * inside[1]])
-    result = 0.0
-    for a in (0, 1):
-        for b in (0, 1):
-            for c in (0, 1):
-                flat_index = (index[0][a] * shape[1] + index[1][b]) * shape[2] + index[2][c]
-                corner = tf.gather(flat_volume, flat_index, batch_dims=1)
-                result += corner * (weight[0][a] * weight[1][b] * weight[2][c])[..., None]
-    return result
+    shape, channels = volume.shape[1:4], volume.shape[4]
+    flat_volume = tf.reshape(volume, [tf.shape(volume)[0], -1, channels])
+
+    def between(a, b, fraction):
+        return a + (b - a) * fraction
+
+    @tf.custom_gradient
+    def interpolate(points):
+        lower = tf.floor(points)
+        x, y, z = tf.split(points - lower, 3, axis=-1)  # the fraction along each axis
+        index, inside = [], []  # per axis: the lower and the upper neighbour, and 1 within the volume, 0 beyond
+        for axis, size in enumerate(shape):
+            neighbours = [tf.cast(lower[..., axis], tf.int32) + k for k in (0, 1)]
+            index.append([tf.clip_by_value(i, 0, size - 1) for i in neighbours])
+            inside.append([tf.cast((i >= 0) & (i < size), points.dtype) for i in neighbours])
+
+        def neighbour(a, b, c):
+            flat_index = (index[0][a] * shape[1] + index[1][b]) * shape[2] + index[2][c]
+            weight = inside[0][a] * inside[1][b] * inside[2][c]
+            return tf.gather(flat_volume, flat_index, batch_dims=1) * weight[..., None]
+
+        ends = [[(neighbour(a, b, 0), neighbour(a, b, 1)) for b in (0, 1)] for a in (0, 1)]  # of 4 edges along z
+        edges = [[between(*ends[a][b], z) for b in (0, 1)] for a in (0, 1)]
+        faces = [between(*edges[a], y) for a in (0, 1)]
+        dx = faces[1] - faces[0]
+        dy = between(*(edges[a][1] - edges[a][0] for a in (0, 1)), x)
+        dz = between(*(between(*(ends[a][b][1] - ends[a][b][0] for b in (0, 1)), y) for a in (0, 1)), x)
+        slopes = tf.stack([dx, dy, dz], axis=-2)  # (B, ..., 3, C)
+        return between(*faces, x), lambda upstream: tf.reduce_sum(upstream[..., None, :] * slopes, axis=-1)
+
+    return interpolate(points)
 
 
 def apply_along_axes(volume, matrices):
@@ -97,6 +110,12 @@ def gaussian_matrix(size, sigma):
 def stencil_matrix(size, stencil):
     """(size - 2, size) matrix that applies three weights to each voxel and its two neighbours."""
     return sum(w * np.eye(size - 2, size, k) for k, w in enumerate(stencil)).astype(np.float32)
+
+
+def shift_matrix(size_in, size_out, shift):
+    """(size_out, size_in) matrix of linear interpolation at i + shift, which fades to zero as `resample` does."""
+    distance = np.arange(size_out)[:, None] + shift - np.arange(size_in)[None, :]
+    return np.maximum(1 - np.abs(distance), 0).astype(np.float32)
 
 
 def resize_matrix(size_in, size_out):

@@ -93,16 +93,29 @@ def ours(part, channels):
         return with_gradient(lambda label: tf.reduce_mean(multi_scale(dice, label, fixed_label, SCALES)), moving_label)
     if part == "bending energy, gradient":
         return with_gradient(bending_energy, displacement)
+    if part == "large convolution":  # the yardstick: 32 channels to 32, forward and backward
+        x = tf.random.normal((BATCH, *GRID, 32))
+        layer = keras.layers.Conv3D(32, 3, padding="same")
+        layer.build(x.shape)
+
+        @tf.function
+        def convolve():
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y = layer(x)
+            return tape.gradient(y, [x, *layer.trainable_variables], output_gradients=x)
+
+        return lambda: convolve()[1].numpy()
     config = settings.Config(
-        voxel_size=1.5, fixed_shape=GRID, moving_shape=GRID, channels=channels, max_channels=16 * channels,
-        ddf_levels=(0, 1, 2, 3, 4), similarity_scales=SCALES, labels_per_pair=1,
+        network="local", voxel_size=1.5, fixed_shape=GRID, moving_shape=GRID, channels=channels,
+        max_channels=16 * channels, ddf_levels=(0, 1, 2, 3, 4), similarity_scales=SCALES, labels_per_pair=1,
     )  # fmt: skip
     network = build_network(**settings.network_settings(config))
     if part == "operations":  # of all convolutions, forward and backward, for one pair
         return lambda: convolution_operations(network)
     if part == "forward, one pair":
-        predict = tf.function(network)
-        return lambda: predict([moving[:1], fixed[:1]])["ddf"].numpy()
+        predict, pair = tf.function(network), [moving[:1], fixed[:1]]
+        return lambda: predict(pair)["ddf"].numpy()
     if part == "network, gradient":
 
         @tf.function
@@ -117,19 +130,6 @@ def ours(part, channels):
         step, _ = train.make_steps(config, network, optimizer)
         mask = tf.ones((BATCH, 1))
         return lambda: step(tf.constant(1), moving, fixed, moving_label, fixed_label, mask)["loss"].numpy()
-    if part == "large convolution":  # the yardstick: 32 channels to 32, forward and backward
-        x = tf.random.normal((BATCH, *GRID, 32))
-        layer = keras.layers.Conv3D(32, 3, padding="same")
-        layer.build(x.shape)
-
-        @tf.function
-        def convolve():
-            with tf.GradientTape() as tape:
-                tape.watch(x)
-                y = layer(x)
-            return tape.gradient(y, [x, *layer.trainable_variables], output_gradients=x)
-
-        return lambda: convolve()[1].numpy()
     return None
 
 
@@ -302,7 +302,10 @@ class Process:
 
     def ask(self, part, channels):
         print(json.dumps([part, channels]), file=self.process.stdin, flush=True)
-        return json.loads(self.process.stdout.readline())
+        answer = self.process.stdout.readline()
+        if not answer:
+            sys.exit(f"{' '.join(self.process.args)}: ended at {part}, {channels} channels; --verbose shows why")
+        return json.loads(answer)
 
     def end(self):
         """Stop it; returns its peak resident memory in GB."""
