@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 BATCH, GRID, PADDED = 4, (47, 63, 44), (48, 64, 48)
 SCALES = (0, 1, 2, 4, 8, 16)
 CHANNELS = (8, 16, 32)
-NETWORK_PARTS = "training step", "network, gradient", "forward, one pair", "peak memory"
+NETWORK_PARTS = "training step", "network, gradient", "forward, one pair"
 SMALL_PARTS = "warp, gradient", "warp, value", "multi-scale Dice, gradient", "bending energy, gradient"
 CONTENDERS = {
     "ours": "this project",
@@ -65,7 +65,6 @@ def ours(part, channels):
 
     import train
     from losses import bending_energy, dice, multi_scale
-    from networks import build_network
     from utils import reference_grid, resample
 
     moving, fixed, moving_label, fixed_label, displacement = map(tf.constant, example_work(GRID))
@@ -106,13 +105,7 @@ def ours(part, channels):
             return tape.gradient(y, [x, *layer.trainable_variables], output_gradients=x)
 
         return lambda: convolve()[1].numpy()
-    config = settings.Config(
-        network="local", voxel_size=1.5, fixed_shape=GRID, moving_shape=GRID, channels=channels,
-        max_channels=16 * channels, ddf_levels=(0, 1, 2, 3, 4), similarity_scales=SCALES, labels_per_pair=1,
-    )  # fmt: skip
-    network = build_network(**settings.network_settings(config))
-    if part == "operations":  # of all convolutions, forward and backward, for one pair
-        return lambda: convolution_operations(network)
+    config, network = our_network(channels)
     if part == "forward, one pair":
         predict, pair = tf.function(network), [moving[:1], fixed[:1]]
         return lambda: predict(pair)["ddf"].numpy()
@@ -133,14 +126,27 @@ def ours(part, channels):
     return None
 
 
-def convolution_operations(network):
-    """Multiplications and additions of one pair's convolutions with their two gradients (one for those of images)."""
+def our_network(channels):
+    """LocalNet as MONAI has it: every level, channels that double to the last."""
+    import config as settings
+
+    settings.import_tensorflow()
+    from networks import build_network
+
+    config = settings.Config(
+        network="local", voxel_size=1.5, fixed_shape=GRID, moving_shape=GRID, channels=channels,
+        max_channels=16 * channels, ddf_levels=(0, 1, 2, 3, 4), similarity_scales=SCALES, labels_per_pair=1,
+    )  # fmt: skip
+    return config, build_network(**settings.network_settings(config))
+
+
+def convolution_operations(channels):
+    """Multiplications and additions of a step's convolutions with both gradients (only one where images enter)."""
     total = 0
-    for layer in network.layers:
+    for layer in our_network(channels)[1].layers:
         if type(layer).__name__ == "Conv3D":
-            voxels = np.prod(layer.output.shape[1:4])
             backward = 1 if layer.input.shape[-1] == 2 else 2
-            total += (1 + backward) * 2 * voxels * np.prod(layer.kernel.shape)
+            total += (1 + backward) * 2 * BATCH * np.prod(layer.output.shape[1:4]) * np.prod(layer.kernel.shape)
     return float(total)
 
 
@@ -263,48 +269,39 @@ MAKERS = {
 # -- A contender's process: reads requests, answers with seconds -----------------------------------------------------
 
 
-def serve(contender):
-    """Each line of standard input is [part, channels]; each answer is seconds per run, or None: no such part."""
+def serve(contender, part, channels):
+    """Answer each line of standard input with the seconds of one run, or null where there is no such part."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is no answer
-    key, run, count = None, None, 1
-    for line in sys.stdin:
-        part, channels = json.loads(line)
-        if (part, channels) != key:
-            key, run = (part, channels), None
-            try:
-                run = MAKERS[contender](part, channels)
-            except ImportError as error:
-                print(f"{contender}: {error}", file=sys.stderr)
-            if run and part not in ("operations", "peak memory"):
-                run()  # compile, allocate
-                run()
-                start = time.perf_counter()
-                run()
-                count = max(1, round(0.5 / (time.perf_counter() - start)))  # half a second each time
-        answer = None
-        if run and part == "operations":
-            answer = run()
-        elif run:
-            start = time.perf_counter()
-            for _ in range(count):
-                run()
-            answer = (time.perf_counter() - start) / count
-        print(json.dumps(answer), file=answers)
+    count, run = 1, None
+    try:
+        run = MAKERS[contender](part, channels)
+    except ImportError as error:
+        print(f"{contender}: {error}", file=sys.stderr)
+    if run:
+        run()  # compile, allocate
+        start = time.perf_counter()
+        run()
+        count = max(1, round(0.5 / (time.perf_counter() - start)))  # half a second each time
+    for _request in sys.stdin:
+        start = time.perf_counter()
+        for _ in range(count if run else 0):
+            run()
+        print(json.dumps((time.perf_counter() - start) / count if run else None), file=answers)
     print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20), file=answers)  # GB at the end
 
 
 class Process:
-    def __init__(self, contender):
-        words = [sys.executable, __file__, "serve", contender]
+    def __init__(self, contender, part, channels):
+        words = [sys.executable, __file__, "serve", contender, part, str(channels)]
         errors = subprocess.DEVNULL if "--verbose" not in sys.argv else None
         self.process = subprocess.Popen(words, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
 
-    def ask(self, part, channels):
-        print(json.dumps([part, channels]), file=self.process.stdin, flush=True)
+    def ask(self):
+        print(file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
         if not answer:
-            sys.exit(f"{' '.join(self.process.args)}: ended at {part}, {channels} channels; --verbose shows why")
+            sys.exit(f"{' '.join(self.process.args)}: ended without an answer; --verbose shows why")
         return json.loads(answer)
 
     def end(self):
@@ -314,28 +311,33 @@ class Process:
 
 
 def measure(part, channels, names):
-    """Median seconds of each contender that knows the part; for "peak memory" GB of a process that only trains."""
-    processes = {name: Process(name) for name in names}
-    asked = "training step" if part == "peak memory" else part
-    times = {name: [process.ask(asked, channels)] for name, process in processes.items()}
+    """Median seconds of each contender that knows the part, and the peak memory of its process in GB."""
+    processes, times = {}, {}
+    for name in names:  # one after the other, so that none starts while another works
+        processes[name] = Process(name, part, channels)
+        times[name] = [processes[name].ask()]
     times = {name: values for name, values in times.items() if values[0] is not None}
-    if part != "peak memory":
-        for _ in range(REPEATS - 1):
-            for name, values in times.items():
-                values.append(processes[name].ask(asked, channels))
+    for _ in range(REPEATS - 1 if sum(map(sum, times.values())) < 20 else 2):  # three where a round takes long
+        for name, values in times.items():
+            values.append(processes[name].ask())
     memory = {name: process.end() for name, process in processes.items()}
-    return {name: memory[name] if part == "peak memory" else float(np.median(v)) for name, v in times.items()}
+    return {name: float(np.median(v)) for name, v in times.items()}, {name: memory[name] for name in times}
 
 
 def compare():
     rows = []
     for part in (*SMALL_PARTS, *NETWORK_PARTS):
         for channels in CHANNELS if part in NETWORK_PARTS else (0,):
-            rows.append({"part": part, "channels": channels, **measure(part, channels, CONTENDERS)})
+            names = [name for name in CONTENDERS if channels <= CHANNELS[0] or name != "monai-shipped"]
+            times, memory = measure(part, channels, names)
+            rows.append({"part": part, "channels": channels, **times})
             show(rows[-1])
-    operations = {c: BATCH * measure("operations", c, ["ours"])["ours"] for c in CHANNELS}
+            if part == "training step":
+                rows.append({"part": "its peak memory", "channels": channels, **memory})
+                show(rows[-1])
+    operations = {channels: convolution_operations(channels) for channels in CHANNELS}
     work = (1 + 2) * 2 * BATCH * np.prod(GRID) * 27 * 32 * 32
-    rate = work / measure("large convolution", 0, ["ours"])["ours"]
+    rate = work / measure("large convolution", 0, ["ours"])[0]["ours"]
     print(f"\none large convolution (3x3x3, 32 to 32 channels, with gradients): {rate / 1e9:.0f} GFLOP/s")
     limit = {}
     for row in rows:
@@ -348,7 +350,7 @@ def compare():
 
 def show(row):
     """One line of the table: this project's figure, then how many times as much each other one takes."""
-    unit, factor = (" GB", 1) if row["part"] == "peak memory" else (" ms", 1e3)
+    unit, factor = (" GB", 1) if "memory" in row["part"] else (" ms", 1e3)
     title = row["part"] + (f", {row['channels']} channels" if row["channels"] else "")
     others = [f"{CONTENDERS[n]} {row[n] / row['ours']:.2f}x" for n in row if n in CONTENDERS and n != "ours"]
     print(f"{title:<34}{row['ours'] * factor:9.2f}{unit}   {'; '.join(others)}", flush=True)
@@ -451,7 +453,7 @@ def grow():
 if __name__ == "__main__":
     mode, *rest = [word for word in sys.argv[1:] if word != "--verbose"] or ["compare"]
     if mode == "serve":
-        serve(*rest)
+        serve(*rest[:2], int(rest[2]))
     elif mode == "point":
         print(json.dumps(grow_point(**json.loads(rest[0]))))
     else:

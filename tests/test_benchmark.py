@@ -1,0 +1,35 @@
+"""The benchmark compares like with like, and its growth runs."""
+
+import json
+import subprocess
+import sys
+
+import benchmark
+import numpy as np
+import SimpleITK
+from conftest import ROOT
+
+
+def test_every_warp_of_the_benchmark_gives_the_same_volume():
+    ours = benchmark.ours("warp, value", 0)()[..., 0]
+    theirs = {
+        "SciPy": np.stack(benchmark.scipy("warp, value", 0)()),
+        "SimpleITK": np.stack([SimpleITK.GetArrayFromImage(i).T for i in benchmark.sitk("warp, value", 0)()]),
+    }
+    assert 0.01 < ours.mean() < 0.1 and len(np.unique(ours)) > 1000
+    for name, warped in theirs.items():
+        np.testing.assert_allclose(ours, warped, atol=1e-4, err_msg=name)
+
+
+def test_operations_of_one_layer_are_counted_by_hand():
+    """First convolution: 7x7x7, 2 to 8 channels, forward and one gradient; all others are less than ten times that."""
+    first = 2 * 2 * 4 * np.prod(benchmark.GRID) * 7**3 * 2 * 8
+    assert first < benchmark.convolution_operations(8) < 10 * first
+
+
+def test_growth_of_a_small_case():
+    changes = {"cores": 1, "fixed_shape": [8] * 3, "moving_shape": [8] * 3, "channels": 2, "cases": 3, "labels": 2}
+    words = [sys.executable, ROOT / "tests" / "benchmark.py", "point", json.dumps(changes)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    point = json.loads(done.stdout.split("\n")[-2])
+    assert 0 < point["seconds"] < 60 and 0.1 < point["memory"] < 5
