@@ -37,8 +37,7 @@ class Config:
     moving_shape: tuple[int, int, int] = (36, 36, 32)  # voxels of the network grid on the moving image (RAS order)
 
     # Network: inference.py reads this group, and the three grid settings above, from the trained model's folder.
-    # DDF; 12-parameter affine; affine, then DDF; shift between the glands' centres, then DDF
-    network: Literal["local", "global", "composite", "centred"] = "centred"
+    network: Literal["local", "global", "composite", "centred"] = "centred"  # DDF; affine; affine + DDF; shift + DDF
     channels: int = 16  # of the local network's first level, doubled at each of the four next (paper: 32)
     global_channels: int = 8  # the same for the networks that find the affine or the shift (paper: 8)
     max_channels: int = 64  # where the doubling ends, for both (paper: 512)
@@ -52,7 +51,7 @@ class Config:
     regulariser_weight: float = 0.5  # relative to the label similarity; larger = smoother
 
     # Training
-    steps: int = 1000  # gradient steps
+    steps: int = 600  # gradient steps
     batch_size: int = 4  # pairs per step
     learning_rate: float = 1e-3  # peak of Adam's warm-up and cosine decay
     labels_per_pair: int = 0  # labels drawn from a pair in each step; 1 = as in the paper, 0 = all

@@ -32,7 +32,7 @@ def folders(example):
         "--network local --similarity dice --regulariser bending --ddf_levels 0 2 4",
         "--network global --similarity cross-entropy --regulariser gradient-l2 --labels_per_pair 1",
         "--network composite --similarity mean-squared --regulariser gradient-l1 --mirror_axis -1",
-        "--network local --similarity jaccard --similarity_scales 0 --cross_patient 0 --folds 3",
+        "--network centred --labels_per_pair 1 --similarity jaccard --similarity_scales 0 --cross_patient 0 --folds 3",
     ],
 )
 def test_every_option_trains_and_registers(options, example, tmp_path, call):
