@@ -306,7 +306,7 @@ def sample_batch(prepared, numbers, step, batch_size, labels_per_pair, cross_pat
 
     Two-stage sampling (Hu et al. 2018): first the pairs, then labels of each. A share of the pairs takes
     its moving volume from another patient; those have only the gland, label 0, in common (after
-    arXiv 2102.04938). Returns images (B, ..., 1), labels (B, ..., L), mask (B, L) of the labels that are present.
+    arXiv 2102.04938). Returns images (B, ..., 1), labels (B, ..., L), mask (B, L) of those that count.
     """
     rng = np.random.default_rng([seed, step])
     batch = []

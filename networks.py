@@ -1,7 +1,8 @@
 """Networks: a moving and a fixed image in, a dense displacement field (DDF) out. No network ever sees a label.
 
-All three are Keras models of one signature: [moving (B, MX, MY, MZ, 1), fixed (B, X, Y, Z, 1)] -> ddf (B, X, Y, Z, 3)
-in voxels. Their last layers start at zero, so training starts from no deformation.
+All four are Keras models of one signature: [moving (B, MX, MY, MZ, 1), fixed (B, X, Y, Z, 1)] -> a dictionary with
+"ddf" (B, X, Y, Z, 3) in voxels; the centred one adds "moving_gland" and "fixed_gland", shaped like the images, which
+the loss compares with the gland. Their last layers start at zero, so training starts from no deformation.
 README, "Networks"; Hu et al. 2018 (doi 10.1016/j.media.2018.07.002 and arXiv 1711.01666).
 """
 

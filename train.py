@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 import helpers
 from losses import REGULARISERS, SIMILARITIES, mean_over_labels, multi_scale
-from losses import dice as dice_loss
 from networks import build_network
 from utils import label_metrics, moving_offset, random_affine, random_gamma, reference_grid, resample, transform_points
 
@@ -129,10 +128,8 @@ def make_steps(config, network, optimizer):
         regulariser = REGULARISERS[config.regulariser](ddf)
         gland = 0.0  # how far the gland maps of the centred network are from the gland, 0 to 2
         if "moving_gland" in outputs:
-            gland = tf.reduce_mean(
-                dice_loss(outputs["moving_gland"], moving_gland)
-                + dice_loss(outputs["fixed_gland"], fixed_labels[..., :1])
-            )
+            glands = {"moving_gland": moving_gland, "fixed_gland": fixed_labels[..., :1]}
+            gland = tf.add_n([tf.reduce_mean(SIMILARITIES["dice"](outputs[k], label)) for k, label in glands.items()])
         dice, distance = label_metrics(tf.stop_gradient(warped_labels), fixed_labels)
         return {
             "loss": similarity + config.regulariser_weight * regulariser + gland,

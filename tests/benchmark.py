@@ -328,7 +328,9 @@ def compare():
     rows = []
     for part in (*SMALL_PARTS, *NETWORK_PARTS):
         for channels in CHANNELS if part in NETWORK_PARTS else (0,):
-            names = list(CONTENDERS)[: {0: 7, CHANNELS[0]: 4}.get(channels, 3)]  # as shipped: only the smallest network
+            names = list(CONTENDERS) if part in SMALL_PARTS else ["ours", "monai", "monai-last"]
+            if channels == CHANNELS[0]:
+                names.append("monai-shipped")
             times, memory = measure(part, channels, names)
             rows.append({"part": part, "channels": channels, **times})
             show(rows[-1])
