@@ -484,6 +484,23 @@ def plot_history(path, history):
     plt.close(figure)
 
 
+def plot_boxes(path, measured):
+    """Box plots before and after, and every value as a dot. measured: title -> (values before, values after)."""
+    figure, axes = plt.subplots(1, len(measured), figsize=(2.4 * len(measured), 3.2), layout="constrained")
+    for axis, (title, both) in zip(np.atleast_1d(axes), measured.items(), strict=True):
+        both = [values[~np.isnan(values)] for values in both]
+        axis.boxplot(both, widths=0.6, showfliers=False, medianprops={"color": "#c03028", "linewidth": 2})
+        for place, values in enumerate(both, start=1):
+            aside = np.random.default_rng(0).uniform(-0.15, 0.15, len(values))
+            axis.plot(place + aside, values, "o", color="#3388ff", alpha=0.4, markersize=3, zorder=0)
+        axis.set(title=title, xticks=[1, 2], xticklabels=["before", "after"])
+        axis.set_ylim(0, 1 if "Dice" in title else None)
+        axis.grid(axis="y", alpha=0.3)
+    with written_aside(path) as aside:
+        figure.savefig(aside, dpi=100)
+    plt.close(figure)
+
+
 def plot_overview(path, title, fixed, warped, affine, labels, ddf, voxel_size):
     """Three orthogonal slices: fixed, moving before, moving after, and the deformation grid.
 

@@ -5,8 +5,8 @@
     python inference.py --help                                  every setting
 
 Writes to --output_dir, per case and on the fixed image's own grid: warped_image.nii.gz, warped_labels.nii.gz,
-displacement.nii.gz (ITK convention, opens in 3D Slicer), overview.png; and metrics.csv and summary.txt for all
-cases (for one new pair, in its own folder).
+displacement.nii.gz (ITK convention, opens in 3D Slicer), overview.png; and metrics.csv, summary.txt and boxplot.png for
+all cases (for one new pair, in its own folder).
 """
 
 import config as settings
@@ -21,6 +21,7 @@ import tensorflow as tf
 from tqdm import tqdm
 
 import helpers
+import results
 from networks import build_network
 from utils import dice_score, hausdorff_95, jacobian_determinant, moving_offset, target_registration_error
 
@@ -73,6 +74,7 @@ def main():
             case_rows = [
                 {"case": pair.case, "label": k, **measure_label(labels, k, fixed.affine)} for k in range(count)
             ]
+            case_rows[0] |= results.rms_tre(case_rows[1:])
         case_rows[0]["folded_percent"] = 100 * np.mean(jacobian_determinant(ddf) <= 0)
         if pair.true_displacement and labels:
             truth, affine = helpers.read_displacement(pair.true_displacement)
@@ -93,22 +95,8 @@ def main():
         overview = fixed.image, images, fixed.affine, labels, ddf, config.voxel_size
         helpers.plot_overview(folder / "overview.png", pair.case, *overview)
 
-    helpers.write_csv(table_dir / "metrics.csv", [{name: row.get(name, "") for name in COLUMNS} for row in rows])
-    text = summary(rows)
-    with helpers.written_aside(table_dir / "summary.txt") as aside:
-        aside.write_text(text)
-    print(f"{text}written to {output_dir}: warped volumes, displacement and overview.png of each pair, metrics.csv")
-
-
-# -- Metrics: README, "Reading the metrics" -----------------------------------------------------------------------
-
-MEASURES = {  # name in metrics.csv -> title in summary.txt, each before and after registration
-    "dice_{}": "gland Dice",
-    "hd95_{}_mm": "gland HD95, mm",
-    "tre_{}_mm": "landmark TRE, mm",
-    "true_error_{}_mm": "true error in the gland, mm",
-}
-COLUMNS = ["case", "label", *(n.format(when) for n in MEASURES for when in ("before", "after")), "folded_percent"]
+    print(results.save(table_dir, rows), end="")
+    print(f"written to {output_dir}: warped volumes, displacement and overview.png of each pair, metrics.csv")
 
 
 def measure_label(labels, k, affine):
@@ -123,41 +111,6 @@ def measure_label(labels, k, affine):
         if k == 0:
             row[f"hd95_{when}_mm"] = hausdorff_95(warped >= 0.5, fixed >= 0.5, spacing)
     return row
-
-
-def summary(rows):
-    """Median [quartiles] and worst of each measure, before and after: over pairs, and for TRE also over landmarks."""
-    pairs = {}
-    for row in rows:
-        pairs.setdefault(row["case"], []).append(row)
-    lines = [f"{len(pairs)} pairs: median [quartiles] worst{'before':>15}{'after':>29}"]
-
-    def add(title, before, after, worst=np.nanmax):
-        cells = []
-        for values in (np.array(before, float), np.array(after, float)):
-            low, middle, high = np.nanpercentile(values, [25, 50, 75])
-            cells.append(f"{middle:.2f} [{low:.2f} {high:.2f}] {worst(values):.2f}")
-        lines.append(f"{title:<30}{cells[0]:>29}{cells[1]:>29}")
-
-    for name, title in MEASURES.items():
-        before, after = name.format("before"), name.format("after")
-        chosen = [row for row in rows if before in row and (row["label"] != 0) == name.startswith("tre")]
-        if not chosen:
-            continue
-        add(title, *([row[when] for row in chosen] for when in (before, after)), *[np.nanmin] * name.startswith("dice"))
-        if name.startswith("tre"):
-            by_pair = [[row for row in case if row["label"] != 0] for case in pairs.values()]
-            rms = [
-                [np.sqrt(np.nanmean([row[when] ** 2 for row in case])) for case in by_pair if case]
-                for when in (before, after)
-            ]
-            add("RMS TRE of a pair, mm", *rms)
-            lost = [row for row in chosen if np.isnan(row[after])]
-            lines += [f"landmarks warped out of the field of view, in no TRE: {len(lost)} of {len(chosen)}"]
-            lines += [f"  {row['case']}, label {row['label']}" for row in lost]
-    folded = [row["folded_percent"] for row in rows if "folded_percent" in row]
-    lines.append(f"voxels folded: {np.mean(folded):.4f} % on average, {max(folded):.4f} % at worst")
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

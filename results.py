@@ -1,0 +1,116 @@
+"""From the measures of single cases to one table and one picture; and the folds of a cross-validation gathered.
+
+    python results.py output_0 output_1 output_2 --output_dir results
+
+takes folders that inference.py wrote, of different patients, and writes the same three files for all of them together:
+metrics.csv, summary.txt, boxplot.png. README, "Reading the metrics".
+"""
+
+import argparse
+import csv
+from pathlib import Path
+
+import numpy as np
+
+import config as settings
+import helpers
+
+MEASURES = {  # name in metrics.csv -> title, each before and after registration
+    "dice_{}": "gland Dice",
+    "hd95_{}_mm": "gland HD95, mm",
+    "tre_{}_mm": "landmark TRE, mm",
+    "rms_tre_{}_mm": "RMS TRE of a pair, mm",
+    "true_error_{}_mm": "true error in the gland, mm",
+}
+TIMES = "before", "after"
+COLUMNS = ["case", "label", *(name.format(when) for name in MEASURES for when in TIMES), "folded_percent"]
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Gather what inference.py measured, as of the folds of a run.")
+    parser.add_argument("folders", nargs="+", help="each the --output_dir of one run")
+    parser.add_argument("--output_dir", default="results", help="made if missing")
+    words = parser.parse_args()
+    rows, seen = [], {}
+    for folder in words.folders:
+        found = read(Path(folder) / "metrics.csv")
+        for case in {row["case"] for row in found}:
+            if seen.setdefault(case, folder) != folder:
+                raise settings.InputError(f"{folder}: case {case} is in {seen[case]} too; expected each case once")
+        rows += found
+    print(save(helpers.make_folder(words.output_dir), rows), end="")
+
+
+def read(path):
+    """The rows of a metrics.csv: {column: number}, and the case's name; columns that are empty are left out."""
+    try:
+        with path.open(newline="") as file:
+            rows = [{name: text for name, text in row.items() if text} for row in csv.DictReader(file)]
+        return [{name: text if name == "case" else float(text) for name, text in row.items()} for row in rows]
+    except OSError as error:
+        raise settings.InputError(f"{path}: {error.strerror}; expected the metrics.csv of inference.py") from None
+    except (ValueError, TypeError, csv.Error) as error:
+        raise settings.InputError(f"{path}: {error}; expected the metrics.csv of inference.py") from None
+
+
+def save(folder, rows):
+    """Write metrics.csv, summary.txt and boxplot.png of these rows, one per label; returns the summary."""
+    text, measured = summary(rows), values(rows)
+    helpers.write_csv(folder / "metrics.csv", [{name: row.get(name, "") for name in COLUMNS} for row in rows])
+    with helpers.written_aside(folder / "summary.txt") as aside:
+        aside.write_text(text)
+    (folder / "boxplot.png").unlink(missing_ok=True)  # an earlier run may have had labels
+    if measured:
+        helpers.plot_boxes(folder / "boxplot.png", measured)
+    return text
+
+
+def values(rows):
+    """What was measured: title -> (values before, values after). TRE has one for each landmark, the others for a pair.
+
+    A landmark that was warped out of the field of view has the value NaN.
+    """
+    result = {}
+    for name, title in MEASURES.items():
+        before, after = (
+            np.array([row[name.format(when)] for row in rows if name.format(when) in row and counts(row, name)])
+            for when in TIMES
+        )
+        if before.size:
+            result[title] = before, after
+    return result
+
+
+def counts(row, name):
+    """TRE is of landmarks, all else of the gland, label 0."""
+    return (row["label"] != 0) == name.startswith("tre")
+
+
+def rms_tre(landmarks):
+    """The RMS TRE of a pair as entries of its first row; from the rows of its landmarks."""
+    names = [(f"rms_tre_{when}_mm", [row[f"tre_{when}_mm"] for row in landmarks]) for when in TIMES]
+    return {name: np.sqrt(np.nanmean(np.square(tre))) for name, tre in names if not np.isnan(tre).all()}
+
+
+def summary(rows):
+    """Median [quartiles] and worst of each measure, before and after, as text."""
+    lines = [f"{len({row['case'] for row in rows})} pairs: median [quartiles] worst{'before':>15}{'after':>29}"]
+    for title, both in values(rows).items():
+        worst = np.nanmin if "Dice" in title else np.nanmax
+        cells = []
+        for measured in both:
+            low, middle, high = np.nanpercentile(measured, [25, 50, 75])
+            cells.append(f"{middle:.2f} [{low:.2f} {high:.2f}] {worst(measured):.2f}")
+        lines.append(f"{title:<30}{cells[0]:>29}{cells[1]:>29}")
+    landmarks = [row for row in rows if "tre_after_mm" in row and counts(row, "tre")]
+    if landmarks:
+        lost = [row for row in landmarks if np.isnan(row["tre_after_mm"])]
+        lines.append(f"landmarks warped out of the field of view, in no TRE: {len(lost)} of {len(landmarks)}")
+        lines += [f"  {row['case']}, label {row['label']:.0f}" for row in lost]
+    folded = [row["folded_percent"] for row in rows if "folded_percent" in row]
+    lines.append(f"voxels folded: {np.mean(folded):.4f} % on average, {max(folded):.4f} % at worst")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    settings.run(main)

@@ -1,0 +1,53 @@
+"""The table and the picture of a run, and the folds of a cross-validation gathered."""
+
+import numpy as np
+import pytest
+
+import results
+
+
+def case(name, dice, tre):
+    """Rows of one pair as inference.py makes them: the gland, then landmarks with these TREs after registration."""
+    gland = {"case": name, "label": 0, "dice_before": 0.5, "dice_after": dice, "tre_before_mm": 99.0}
+    gland |= {"tre_after_mm": 98.0, "hd95_before_mm": 9.0, "hd95_after_mm": 3.0, "folded_percent": 0.25}
+    landmarks = [
+        {"case": name, "label": k, "dice_before": 0.0, "dice_after": 0.1, "tre_before_mm": 10.0, "tre_after_mm": value}
+        for k, value in enumerate(tre, start=1)
+    ]
+    return [gland | results.rms_tre(landmarks), *landmarks]
+
+
+def test_each_measure_counts_what_it_should():
+    values = results.values(case("a", 0.8, [3.0, 4.0]) + case("b", 0.9, [6.0]))
+    assert values["gland Dice"][1].tolist() == [0.8, 0.9]  # no landmark among them
+    assert values["landmark TRE, mm"][1].tolist() == [3, 4, 6]  # no gland among them
+    assert values["RMS TRE of a pair, mm"][1] == pytest.approx([np.sqrt(12.5), 6])
+    assert "true error in the gland, mm" not in values
+
+
+def test_a_lost_landmark_is_counted_and_in_no_tre():
+    rows = case("a", 0.8, [3.0, np.nan]) + case("b", 0.9, [5.0])
+    text = results.summary(rows)
+    assert "in no TRE: 1 of 3\n  a, label 2\n" in text
+    assert "4.00 [3.50 4.50] 5.00" in text and "0.85 [0.83 0.88] 0.80" in text  # median [quartiles] and worst
+    assert rows[0]["rms_tre_after_mm"] == 3
+
+
+def test_folds_are_gathered_as_if_they_had_been_one_run(tmp_path, call):
+    folds = [case("a", 0.8, [3.0, np.nan]), case("b", 0.9, [6.0]) + case("c", 0.7, [1.0])]
+    for number, rows in enumerate(folds):
+        (tmp_path / str(number)).mkdir()
+        results.save(tmp_path / str(number), rows)
+    status, out, err = call(results, tmp_path / "0", tmp_path / "1", "--output_dir", tmp_path / "all")
+    assert status == 0 and out == results.summary(folds[0] + folds[1]) == (tmp_path / "all" / "summary.txt").read_text(), err
+    assert (tmp_path / "all" / "boxplot.png").stat().st_size > 5000
+    status, _, err = call(results, tmp_path / "0", tmp_path / "all", "--output_dir", tmp_path / "twice")
+    assert status == 2 and "case a" in err and not (tmp_path / "twice").exists()
+
+
+@pytest.mark.parametrize("text", [None, "case,label\na,b\n", "case,label\na,1,2,3\n"])
+def test_what_is_no_table_of_measures_is_named(text, tmp_path, call):
+    if text:
+        (tmp_path / "metrics.csv").write_text(text)
+    status, _, err = call(results, tmp_path, "--output_dir", tmp_path / "all")
+    assert status == 2 and err.startswith(f"error: {tmp_path / 'metrics.csv'}: ") and err.count("\n") == 1
