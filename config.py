@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Literal
 
 EXAMPLE_DIR = Path(__file__).resolve().parent / "data" / "example"
-CONFIG_NAME, BEST_NAME, LAST_NAME = "config.json", "best.weights.h5", "last.weights.h5"
+CONFIG_NAME, CHECKPOINT_NAME = "config.json", "checkpoint.npz"
+BEST_NAME, LAST_NAME = "best.weights.h5", "last.weights.h5"
 
 
 class InputError(ValueError):
@@ -59,9 +60,10 @@ class Config:
     affine_augmentation: float = 0.1  # largest random change of each affine entry; 0 = none
     mirror_axis: int = 0  # axis to mirror half of the pairs along, 0 = left-right in RAS; -1 = none
     intensity_augmentation: float = 0.3  # largest log of the random gamma of each image; 0 = none
-    valid_every: int = 100  # steps between validations
+    valid_every: int = 100  # steps between validations, each of which saves all that a continued run needs
     seed: int = 0  # of weights, sampling and augmentation
     model_dir: str = "model"  # settings, weights, history.csv, history.png and TensorBoard events; made if missing
+    resume: bool = False  # continue the interrupted training in model_dir
 
     # Inference
     moving: str = ""  # one new pair instead of test_dir: its moving image ...
@@ -154,8 +156,27 @@ def parse_for_inference():
     return config
 
 
+def check_model_dir(config):
+    """A folder that holds a training is continued, under the settings it was begun with, or left as it is."""
+    folder = Path(config.model_dir)
+    if not any((folder / name).exists() for name in (CHECKPOINT_NAME, BEST_NAME, LAST_NAME)):
+        return
+    begun = load(folder / CONFIG_NAME)
+    free = {"model_dir", "resume", "test_dir", "moving", "fixed", "weights", "output_dir"}
+    for name, have in dataclasses.asdict(begun).items():
+        if name not in free and getattr(config, name) != have:
+            raise InputError(
+                f"--{name}: found {getattr(config, name)}, expected {have} as the training in {folder} was begun with; "
+                "name another --model_dir, or delete this one"
+            )
+    if not config.resume:
+        raise InputError(f"{folder}: holds a training; add --resume, name another --model_dir, or delete this one")
+
+
 def as_json(config):
-    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+    saved = dataclasses.asdict(config)
+    del saved["resume"]  # it says what to do now, and nothing of the training
+    return json.dumps(saved, indent=2) + "\n"
 
 
 def load(path):

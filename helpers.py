@@ -5,8 +5,10 @@ Shapes: B batch; X, Y, Z fixed grid; MX, MY, MZ moving grid; L labels. World coo
 
 import contextlib
 import csv
+import json
 import logging
 import os
+import signal
 import tempfile
 import warnings
 from dataclasses import dataclass
@@ -301,34 +303,39 @@ class PreparedPairs:
             return dict(arrays)
 
 
-def sample_batch(prepared, numbers, step, batch_size, labels_per_pair, cross_patient, seed):
-    """Batch number `step` from the pairs of these numbers: a pure function of its arguments, so runs can be repeated.
+def draw_pairs(prepared, numbers, step, batch_size, labels_per_pair, cross_patient, seed):
+    """What batch number `step` is made of: (moving number, fixed number, labels that count) of each of its pairs.
 
-    Two-stage sampling (Hu et al. 2018): first the pairs, then labels of each. A share of the pairs takes
-    its moving volume from another patient; those have only the gland, label 0, in common (after
-    arXiv 2102.04938). Returns images (B, ..., 1), labels (B, ..., L), mask (B, L) of those that count.
+    A pure function of its arguments, so a run can be repeated and continued. Two-stage sampling (Hu et al. 2018):
+    first the pairs, then labels of each. A share of the pairs takes its moving volume from another patient; those
+    have only the gland, label 0, in common (after arXiv 2102.04938).
     """
     rng = np.random.default_rng([seed, step])
-    batch = []
+    drawn = []
     for number in rng.choice(numbers, size=batch_size):
-        arrays = prepared[number]
-        chosen = np.arange(prepared.label_counts[number])
         others = [k for k in numbers if prepared.pairs[k].patient != prepared.pairs[number].patient]
+        chosen = np.arange(prepared.label_counts[number])
         if others and rng.random() < cross_patient:
-            other = prepared[rng.choice(others)]
-            arrays |= {"moving_image": other["moving_image"], "moving_labels": other["moving_labels"]}
-            chosen = chosen[:1]
-        elif labels_per_pair:
-            chosen = rng.permutation(chosen)[:labels_per_pair]
+            drawn.append((rng.choice(others), number, chosen[:1]))
+        else:
+            drawn.append((number, number, rng.permutation(chosen)[:labels_per_pair] if labels_per_pair else chosen))
+    return drawn
+
+
+def read_batch(prepared, drawn):
+    """The arrays of what `draw_pairs` gave: images (B, ..., 1), labels (B, ..., L), mask (B, L) of those that count."""
+    batch = []
+    for moving, fixed, chosen in drawn:
+        arrays = prepared[fixed]
+        if moving != fixed:
+            arrays |= {name: array for name, array in prepared[moving].items() if name.startswith("moving")}
         batch.append(choose_labels(arrays, chosen, max(prepared.label_counts)))
     return {name: np.stack([arrays[name] for arrays in batch]) for name in batch[0]}
 
 
 def whole_pair(prepared, number):
     """One pair with all of its labels, as a batch of one."""
-    count = prepared.label_counts[number]
-    arrays = choose_labels(prepared[number], np.arange(count), max(prepared.label_counts))
-    return {name: array[None] for name, array in arrays.items()}
+    return read_batch(prepared, [(number, number, np.arange(prepared.label_counts[number]))])
 
 
 def choose_labels(arrays, chosen, size):
@@ -450,6 +457,37 @@ def write_csv(path, rows):
 def save_weights(network, path):
     with written_aside(path) as aside:
         network.save_weights(aside)
+
+
+def save_checkpoint(path, variables, progress):
+    """All variables as arrays, and what else a training knows as JSON, in one file. Nothing in it is ever executed."""
+    with written_aside(path) as aside, open(aside, "wb") as file:
+        np.savez(file, *[variable.numpy() for variable in variables], progress=json.dumps(progress))
+
+
+def load_checkpoint(path, variables):
+    """Inverse of save_checkpoint: sets the variables, returns the progress."""
+    try:
+        with np.load(path) as arrays:
+            for number, variable in enumerate(variables):
+                variable.assign(arrays[f"arr_{number}"])
+            return json.loads(str(arrays["progress"]))
+    except Exception as error:  # zipfile, NumPy and TensorFlow have many of their own
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: cannot be read ({reason}); expected the checkpoint of this training") from None
+
+
+@contextlib.contextmanager
+def signals_noted():
+    """Within the block Ctrl-C and SIGTERM end nothing; they are noted in the list that this gives."""
+    noted = []
+    numbers = signal.SIGINT, signal.SIGTERM
+    before = [signal.signal(number, lambda number, frame: noted.append(number)) for number in numbers]
+    try:
+        yield noted
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def load_weights(network, path):

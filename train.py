@@ -2,9 +2,11 @@
 
     python train.py                          on the example data, which are made first if they are missing
     python train.py --train_dir FOLDER       on your own pairs (README, "Your own data")
+    python train.py --resume                 continues what was interrupted, as if it had not been
     python train.py --help                   every setting
 
-Writes to --model_dir: config.json, best.weights.h5, last.weights.h5, history.csv, history.png, TensorBoard events.
+Writes to --model_dir: config.json, best.weights.h5, last.weights.h5, checkpoint.npz, history.csv, history.png,
+TensorBoard events.
 README, "Training".
 """
 
@@ -30,6 +32,7 @@ from utils import label_metrics, moving_offset, random_affine, random_gamma, ref
 
 def main():
     config = settings.parse_for_training()
+    settings.check_model_dir(config)
     keras.utils.set_random_seed(config.seed)
     model_dir = helpers.make_folder(config.model_dir)
 
@@ -44,12 +47,16 @@ def main():
     prepared = helpers.PreparedPairs(pairs, config.fixed_shape, config.moving_shape, config.voxel_size)
     train_numbers, valid_numbers = range(len(train_pairs)), range(len(train_pairs), len(pairs))
 
-    def batches():
+    def draw(step):
         drawing = config.batch_size, config.labels_per_pair, config.cross_patient, config.seed
-        for step in range(config.steps):
-            yield helpers.sample_batch(prepared, train_numbers, step, *drawing)
+        return helpers.draw_pairs(prepared, train_numbers, step, *drawing)
 
-    signature = {name: tf.TensorSpec(array.shape, array.dtype) for name, array in next(batches()).items()}
+    def batches():
+        for step in range(done["step"], config.steps):
+            yield helpers.read_batch(prepared, draw(step))
+
+    first = helpers.read_batch(prepared, draw(0))
+    signature = {name: tf.TensorSpec(array.shape, array.dtype) for name, array in first.items()}
     dataset = tf.data.Dataset.from_generator(batches, output_signature=signature).prefetch(4)
 
     # -- Network: it never sees a label ----------------------------------------------------------------------------
@@ -63,40 +70,60 @@ def main():
     train_step, valid_step = make_steps(config, network, optimizer)
 
     # -- Optimise: sample, step, report, validate, save ------------------------------------------------------------
-    for name in (settings.BEST_NAME, settings.LAST_NAME):  # weights of an earlier training do not fit the new settings
-        (model_dir / name).unlink(missing_ok=True)
     with helpers.written_aside(model_dir / settings.CONFIG_NAME) as aside:
         aside.write_text(settings.as_json(config))
-    events = tf.summary.create_file_writer(str(model_dir))
-    history, recent, best_loss, start = [], [], float("inf"), time.time()
-    progress = tqdm(dataset, "training", config.steps, unit="step", disable=None)
-    for step, batch in enumerate(progress, start=1):
-        result = {name: float(value) for name, value in train_step(tf.constant(step), **batch).items()}
-        if not np.isfinite(result["loss"]):
-            raise settings.InputError(f"step {step}: the loss is {result['loss']}; try a smaller --learning_rate")
-        recent.append(result)
-        progress.set_postfix({name: f"{value:.3f}" for name, value in result.items()}, refresh=False)
-        if step % config.valid_every and step < config.steps:
-            continue
-        row = {"step": step, "minutes": round((time.time() - start) / 60, 2), **mean_of(recent)}
+    done = {"step": 0, "minutes": 0.0, "best_loss": float("inf"), "history": [], "recent": []}
+    checkpoint = model_dir / settings.CHECKPOINT_NAME
+    optimizer.build(network.trainable_variables)
+    variables = [*network.variables, *optimizer.variables]
+    if checkpoint.exists():
+        done = helpers.load_checkpoint(checkpoint, variables)
+    saved, start = done["step"], time.time() - 60 * done["minutes"]
+
+    def validate_and_save():
+        row = {"step": done["step"], "minutes": round(done["minutes"], 2), **mean_of(done["recent"])}
         if valid_pairs:
             results = [valid_step(**helpers.whole_pair(prepared, number)) for number in valid_numbers]
             row |= {f"valid_{name}": value for name, value in mean_of(results).items()}
-        history.append(row)
-        recent = []
-        helpers.write_csv(model_dir / "history.csv", history)
-        helpers.plot_history(model_dir / "history.png", history)
-        with events.as_default(step):
+        done["history"].append(row)
+        done["recent"] = []
+        helpers.write_csv(model_dir / "history.csv", done["history"])
+        helpers.plot_history(model_dir / "history.png", done["history"])
+        with events.as_default(done["step"]):
             for name, value in row.items():
                 tf.summary.scalar(name, value)
         helpers.save_weights(network, model_dir / settings.LAST_NAME)
-        if not valid_pairs or row["valid_loss"] < best_loss:  # without validation the last weights are the best known
-            best_loss = row.get("valid_loss", best_loss)
+        if not valid_pairs or row["valid_loss"] < done["best_loss"]:  # without validation the last are the best known
+            done["best_loss"] = row.get("valid_loss", done["best_loss"])
             helpers.save_weights(network, model_dir / settings.BEST_NAME)
         tqdm.write(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
+
+    events = tf.summary.create_file_writer(str(model_dir))
+    progress = tqdm(dataset, "training", config.steps, initial=done["step"], unit="step", disable=None)
+    with helpers.signals_noted() as signals:
+        for batch in progress:
+            step = done["step"] + 1
+            result = {name: float(value) for name, value in train_step(tf.constant(step), **batch).items()}
+            if not np.isfinite(result["loss"]):
+                cases = ", ".join(f"{pairs[moving].case} to {pairs[fixed].case}" for moving, fixed, _ in draw(step - 1))
+                raise settings.InputError(
+                    f"step {step} ({cases}): found a loss of {result['loss']}, expected a number; look at these pairs "
+                    f"or try a smaller --learning_rate; {checkpoint} is of step {saved}"
+                )
+            done |= {"step": step, "minutes": (time.time() - start) / 60, "recent": [*done["recent"], result]}
+            progress.set_postfix({name: f"{value:.3f}" for name, value in result.items()}, refresh=False)
+            whole = step % config.valid_every == 0 or step == config.steps
+            if whole:
+                validate_and_save()
+            if whole or signals:
+                helpers.save_checkpoint(checkpoint, variables, done)  # last, when all else is written
+                saved = step
+            if signals:
+                print(f"stopped after step {step}; to continue, repeat the command with --resume")
+                sys.exit(128 + signals[0])
     events.close()
     what = "" if config.test_dir or config.folds else " --moving FILE --fixed FILE"
-    print(f"trained in {row['minutes']:.1f} minutes; next: python inference.py --model_dir {model_dir}{what}")
+    print(f"trained in {done['minutes']:.1f} minutes; next: python inference.py --model_dir {model_dir}{what}")
 
 
 def make_steps(config, network, optimizer):

@@ -42,26 +42,26 @@ def resample(volume, points):
     volume: (B, X, Y, Z, C); points: (B, ..., 3) voxels. Returns (B, ..., C). Differentiable in the points alone: their
     gradient is written out, because what automatic differentiation makes of the eight neighbours takes twice as long.
     """
-    shape, channels = volume.shape[1:4], volume.shape[4]
-    flat_volume = tf.reshape(volume, [tf.shape(volume)[0], -1, channels])
+    margin = 2  # voxels of zeros around the volume: a point further out sees the same as one among them
+    padded = tf.pad(volume, [(0, 0), *[(margin, margin)] * 3, (0, 0)])
+    _, *shape, channels = padded.shape
+    size, strides = np.prod(shape), (shape[1] * shape[2], shape[2], 1)
+    flat_volume = tf.reshape(padded, [-1, channels])
+    start = tf.reshape(tf.range(tf.shape(volume)[0]) * size, [-1, *[1] * (len(points.shape) - 2)])  # of each volume
 
     def between(a, b, fraction):
         return a + (b - a) * fraction
 
     @tf.custom_gradient
     def interpolate(points):
+        points = tf.clip_by_value(points + margin, 0, np.array(shape, np.float32) - margin)
         lower = tf.floor(points)
         x, y, z = tf.split(points - lower, 3, axis=-1)  # the fraction along each axis
-        index, inside = [], []  # per axis: the lower and the upper neighbour, and 1 within the volume, 0 beyond
-        for axis, size in enumerate(shape):
-            neighbours = [tf.cast(lower[..., axis], tf.int32) + k for k in (0, 1)]
-            index.append([tf.clip_by_value(i, 0, size - 1) for i in neighbours])
-            inside.append([tf.cast((i >= 0) & (i < size), points.dtype) for i in neighbours])
+        first = sum(tf.cast(lower[..., axis], tf.int32) * stride for axis, stride in enumerate(strides))
+        first = start + tf.clip_by_value(first, 0, size - 1 - sum(strides))  # a point that is NaN has an index too
 
         def neighbour(a, b, c):
-            flat_index = (index[0][a] * shape[1] + index[1][b]) * shape[2] + index[2][c]
-            weight = inside[0][a] * inside[1][b] * inside[2][c]
-            return tf.gather(flat_volume, flat_index, batch_dims=1) * weight[..., None]
+            return tf.gather(flat_volume, first + (a * strides[0] + b * strides[1] + c))
 
         ends = [[(neighbour(a, b, 0), neighbour(a, b, 1)) for b in (0, 1)] for a in (0, 1)]  # of 4 edges along z
         edges = [[between(*ends[a][b], z) for b in (0, 1)] for a in (0, 1)]

@@ -406,7 +406,7 @@ def grow_point(cores, cases=4, labels=4, **changes):
     for number in range(10):
         start = time.perf_counter()
         drawing = config.batch_size, config.labels_per_pair, config.cross_patient, config.seed
-        batch = helpers.sample_batch(prepared, range(cases), number, *drawing)
+        batch = helpers.read_batch(prepared, helpers.draw_pairs(prepared, range(cases), number, *drawing))
         step(tf.constant(number), **batch)["loss"].numpy()
         times.append(time.perf_counter() - start)
         if number >= 3 and sum(times[2:]) > 10:

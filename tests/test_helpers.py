@@ -201,10 +201,14 @@ def prepared(example):
     return helpers.PreparedPairs(helpers.find_pairs(example / "train"), (24, 32, 22), (36, 36, 32), 3.0)
 
 
+def sample_batch(prepared, *words, **settings):
+    return helpers.read_batch(prepared, helpers.draw_pairs(prepared, *words, **settings))
+
+
 def test_batches_repeat_themselves_and_hold_what_they_should(prepared):
     arguments = {"batch_size": 3, "labels_per_pair": 0, "cross_patient": 0, "seed": 1}
-    batch, again = (helpers.sample_batch(prepared, range(3), 7, **arguments) for _ in range(2))
-    other = helpers.sample_batch(prepared, range(3), 8, **arguments)
+    batch, again = (sample_batch(prepared, range(3), 7, **arguments) for _ in range(2))
+    other = sample_batch(prepared, range(3), 8, **arguments)
     for name, array in batch.items():
         np.testing.assert_array_equal(array, again[name])
     assert any((batch[name] != other[name]).any() for name in batch)
@@ -216,9 +220,9 @@ def test_batches_repeat_themselves_and_hold_what_they_should(prepared):
 
 
 def test_one_label_per_pair_and_pairs_across_patients(prepared):
-    one = helpers.sample_batch(prepared, range(3), 0, 4, labels_per_pair=1, cross_patient=0, seed=0)
+    one = sample_batch(prepared, range(3), 0, 4, labels_per_pair=1, cross_patient=0, seed=0)
     assert one["mask"].sum(axis=1).tolist() == [1] * 4 and one["mask"].any(axis=0).sum() > 1
-    crossed = helpers.sample_batch(prepared, range(3), 0, 8, labels_per_pair=0, cross_patient=1, seed=0)
+    crossed = sample_batch(prepared, range(3), 0, 8, labels_per_pair=0, cross_patient=1, seed=0)
     np.testing.assert_array_equal(crossed["mask"], np.eye(1, crossed["mask"].shape[1]).repeat(8, axis=0))
     for moving, fixed in zip(crossed["moving_image"], crossed["fixed_image"], strict=True):
         owners = [k for k in range(3) if np.array_equal(moving, prepared[k]["moving_image"])]

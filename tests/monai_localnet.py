@@ -1,0 +1,117 @@
+"""MONAI's LocalNet on the same pairs, trained with the original recipe for so many minutes: a figure to compare with.
+
+    pip install -r tests/requirements-benchmark.txt
+    python tests/monai_localnet.py --train_dir mrus --folds 5 --fold 0 --minutes 36 --output_dir monai_output
+
+The recipe of Hu et al. (arXiv 1711.01666) as MONAI's parts allow it: grid of 1.5 mm, batches of 4 pairs, one label
+drawn from each, random affines on both volumes, multi-scale Dice (0 1 2 4 8 16 voxels), bending energy 0.5, Adam at
+1e-3. Reading, folds and measures are this project's own, so that its metrics.csv, summary.txt and boxplot.png mean the
+same as those of inference.py.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import config as settings
+
+settings.import_tensorflow()
+
+# isort: split
+import numpy as np
+import torch
+from monai.losses import BendingEnergyLoss, DiceLoss, MultiScaleLoss
+from monai.networks.nets import LocalNet
+from torch.nn.functional import affine_grid, grid_sample
+from tqdm import tqdm
+
+import helpers
+import inference
+import results
+from utils import jacobian_determinant, moving_offset
+
+VOXEL_SIZE, FIXED, MOVING = 1.5, (48, 64, 48), (72, 72, 64)  # LocalNet wants sizes that divide by 16
+OFFSET = moving_offset(MOVING, FIXED)
+
+
+def to_torch(volume):
+    """(B, X, Y, Z, C) array -> (B, C, X, Y, Z) tensor."""
+    return torch.from_numpy(np.moveaxis(volume, -1, 1).copy())
+
+
+def sample(volume, points):
+    """Trilinear, 0 outside. volume: (B, C, MX, MY, MZ); points: (B, X, Y, Z, 3) voxels of it, in index order."""
+    size = torch.tensor(volume.shape[2:])
+    return grid_sample(volume, ((2 * points + 1) / size - 1).flip(-1), align_corners=False)
+
+
+def random_affine(volume, amount=0.1):
+    """The volume turned, scaled and shifted at random about its centre."""
+    matrix = torch.eye(3, 4) + (2 * torch.rand(len(volume), 3, 4) - 1) * amount
+    return grid_sample(volume, affine_grid(matrix, volume.shape, align_corners=False), align_corners=False)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="MONAI's LocalNet with the original recipe.")
+    for name, default in {"train_dir": None, "folds": 5, "fold": 0, "minutes": 36.0, "channels": 8, "seed": 0}.items():
+        parser.add_argument(f"--{name}", type=type(default or ""), default=default, required=default is None)
+    parser.add_argument("--output_dir", default="monai_output")
+    words = parser.parse_args()
+    torch.manual_seed(words.seed)
+    train_pairs, test_pairs = helpers.split_fold(helpers.find_pairs(words.train_dir), words.folds, words.fold)
+    prepared = helpers.PreparedPairs(train_pairs, FIXED, MOVING, VOXEL_SIZE)
+    network = LocalNet(3, 2, words.channels, extract_levels=(0, 1, 2, 3, 4), out_kernel_initializer="zeros")
+    optimizer = torch.optim.Adam(network.parameters(), 1e-3)
+    similarity, bending = MultiScaleLoss(DiceLoss(squared_pred=True), scales=[0, 1, 2, 4, 8, 16]), BendingEnergyLoss()
+    grid = torch.from_numpy(np.moveaxis(np.indices(FIXED, np.float32), 0, -1) + OFFSET)[None]
+
+    def predict(moving_image, fixed_image):  # the network sees the moving image on the fixed grid
+        aligned = sample(moving_image, grid.expand(len(fixed_image), -1, -1, -1, -1))
+        return network(torch.cat([aligned, fixed_image], dim=1)).movedim(1, -1)
+
+    step, start = 0, time.time()
+    with tqdm(total=round(words.minutes, 2), desc="training", unit="min", disable=None) as progress:
+        while (minutes := (time.time() - start) / 60) < words.minutes:
+            drawn = helpers.draw_pairs(prepared, range(len(train_pairs)), step, 4, 1, 0, words.seed)
+            batch = helpers.read_batch(prepared, drawn)
+            label = [chosen[0] for _, _, chosen in drawn]
+            volumes = []
+            for side in ("moving", "fixed"):
+                chosen = batch[f"{side}_labels"][range(4), ..., label][..., None]
+                volumes.append(random_affine(to_torch(np.concatenate([batch[f"{side}_image"], chosen], axis=-1))))
+            moving, fixed = volumes
+            ddf = predict(moving[:, :1], fixed[:, :1])
+            warped = sample(moving[:, 1:], grid + ddf)
+            loss = similarity(fixed[:, 1:], warped) + 0.5 * bending(ddf.movedim(-1, 1))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            step += 1
+            progress.update(round(minutes - progress.n, 2))
+            progress.set_postfix(step=step, loss=f"{loss.item():.3f}")
+
+    network.eval()
+    rows = []
+    for pair in tqdm(test_pairs, "registering", unit="pair", disable=None):
+        moving, fixed = helpers.read_pair(pair)
+        ours = (helpers.to_network(v, shape, VOXEL_SIZE) for v, shape in ((moving, MOVING), (fixed, FIXED)))
+        network_moving, network_fixed = ours
+        with torch.no_grad():
+            ddf = predict(*(to_torch(v.image[None].astype(np.float32)) for v in (network_moving, network_fixed)))
+        ddf, labels = ddf[0].numpy(), {"fixed": fixed.labels}
+        for when, field in (("before", np.zeros_like(ddf)), ("after", ddf)):
+            grids = network_fixed.affine, network_moving.affine, OFFSET
+            displacement = helpers.displacement_on(fixed.image.shape, fixed.affine, field, *grids)
+            labels[when] = helpers.warp_to_fixed(moving.labels, moving.affine, displacement, fixed.affine)
+        measured = [inference.measure_label(labels, k, fixed.affine) for k in range(fixed.labels.shape[-1])]
+        case = [{"case": pair.case, "label": k, **measures} for k, measures in enumerate(measured)]
+        case[0] |= results.rms_tre(case[1:]) | {"folded_percent": 100 * np.mean(jacobian_determinant(ddf) <= 0)}
+        rows += case
+    print(f"{step} steps in {minutes:.1f} minutes\n{results.save(helpers.make_folder(words.output_dir), rows)}", end="")
+
+
+if __name__ == "__main__":
+    settings.run(main)

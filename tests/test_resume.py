@@ -1,0 +1,144 @@
+"""An interrupted training that is continued ends as if nothing had happened. tests/check_resume.py kills for real."""
+
+import csv
+import os
+import signal
+
+import h5py
+import numpy as np
+import pytest
+
+import train
+
+TINY = "--voxel_size 6 --fixed_shape 12 14 11 --moving_shape 16 16 16 --channels 2 --global_channels 2 --first_kernel 3"
+TINY = [*TINY.split(), "--batch_size", "2", "--steps", "7", "--valid_every", "3"]
+
+
+def arrays(path):
+    """Every array of a weights file by its name in the file."""
+    found = {}
+    with h5py.File(path) as file:
+        file.visititems(lambda name, item: found.update({name: item[()]} if isinstance(item, h5py.Dataset) else {}))
+    return found
+
+
+def results(folder):
+    """What a training leaves: both weights, and the history without the clock."""
+    with open(folder / "history.csv") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        del row["minutes"]
+    return rows, *(arrays(folder / f"{name}.weights.h5") for name in ("best", "last"))
+
+
+def assert_equal(ours, theirs):
+    assert ours[0] == theirs[0]
+    for a, b in zip(ours[1:], theirs[1:], strict=True):
+        assert a.keys() == b.keys() and len(a) > 10
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def folders(example):
+    return [f"--{name}_dir={example / name}" for name in ("train", "valid", "test")]
+
+
+@pytest.fixture(scope="module")
+def whole(folders, tmp_path_factory):
+    """A training that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole") / "model"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["train.py", *TINY, *folders, f"--model_dir={folder}"])
+        train.main()
+    return folder
+
+
+def interrupt(monkeypatch, at, how):
+    """Let something happen in the step of this number, counted in this process."""
+    make_steps = train.make_steps
+
+    def make(*arguments):
+        train_step, valid_step = make_steps(*arguments)
+        calls = []
+
+        def step(*words, **batch):
+            calls.append(1)
+            if len(calls) == at:
+                how()
+            return train_step(*words, **batch)
+
+        return step, valid_step
+
+    monkeypatch.setattr(train, "make_steps", make)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_after_the_step_and_the_rest_follows_bit_for_bit(
+    number, whole, folders, tmp_path, monkeypatch, call
+):
+    words = [*TINY, *folders, f"--model_dir={tmp_path}"]
+    with monkeypatch.context() as patch:
+        interrupt(patch, 5, lambda: os.kill(os.getpid(), number))
+        status, out, err = call(train, *words)
+    assert status == 128 + number and "stopped after step 5; to continue, repeat the command with --resume" in out, err
+    status, out, err = call(train, *words, "--resume")
+    assert status == 0, err
+    assert_equal(results(tmp_path), results(whole))
+    before = (tmp_path / "last.weights.h5").read_bytes()
+    assert call(train, *words, "--resume")[0] == 0  # nothing is left to do
+    assert (tmp_path / "last.weights.h5").read_bytes() == before
+
+
+@pytest.mark.parametrize("at", [1, 5])
+def test_what_dies_without_a_word_continues_from_the_last_checkpoint(at, whole, folders, tmp_path, monkeypatch, call):
+    words = [*TINY, *folders, f"--model_dir={tmp_path}"]
+
+    def die():
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, at, die)
+        call(train, *words)
+    assert call(train, *words, "--resume")[0] == 0
+    assert_equal(results(tmp_path), results(whole))
+
+
+def test_a_training_is_never_overwritten_or_continued_otherwise(whole, folders, call):
+    before = {path.name: path.read_bytes() for path in whole.iterdir()}
+    words = [*TINY, *folders, f"--model_dir={whole}"]
+    for more, message in (
+        ([], "holds a training; add --resume"),
+        (["--steps=9"], "--steps: found 9, expected 7 as the training"),
+        (["--resume", "--learning_rate=0.5"], "--learning_rate: found 0.5, expected 0.001"),
+    ):
+        status, _, err = call(train, *words, *more)
+        assert status == 2 and message in err and str(whole) in err and err.count("\n") == 1, err
+    assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
+
+
+@pytest.mark.parametrize("spoil", [lambda data: data[:2000], lambda data: b"", lambda data: b"no archive"])
+def test_a_damaged_checkpoint_is_named(spoil, whole, folders, tmp_path, call):
+    for path in whole.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "checkpoint.npz").write_bytes(spoil((whole / "checkpoint.npz").read_bytes()))
+    status, _, err = call(train, *TINY, *folders, f"--model_dir={tmp_path}", "--resume")
+    assert status == 2 and err.splitlines()[-1].startswith(f"error: {tmp_path / 'checkpoint.npz'}: cannot be read"), err
+
+
+def test_a_loss_that_is_no_number_stops_with_step_cases_and_checkpoint(folders, tmp_path, monkeypatch, call):
+    make_steps = train.make_steps
+
+    def make(*arguments):
+        train_step, valid_step = make_steps(*arguments)
+
+        def step(number, **batch):
+            result = train_step(number, **batch)
+            return result | {"loss": result["loss"] * np.nan} if number == 5 else result
+
+        return step, valid_step
+
+    monkeypatch.setattr(train, "make_steps", make)
+    status, _, err = call(train, *TINY, *folders, f"--model_dir={tmp_path}", "--cross_patient=0")
+    last = err.splitlines()[-1]
+    assert status == 2 and "step 5, train0" in last and "found a loss of nan" in last and "of step 3" in last, err
