@@ -68,6 +68,9 @@ class Config:
     # Inference
     moving: str = ""  # one new pair instead of test_dir: its moving image ...
     fixed: str = ""  # ... and its fixed image; no labels needed
+    points: str = ""  # with such a pair: .fcsv, .mrk.json or .csv file of points in mm to carry to the other image
+    points_on: Literal["moving", "fixed"] = "moving"  # the image that they lie on
+    points_frame: Literal["file", "RAS", "LPS"] = "file"  # their coordinates; a .csv file does not say which
     weights: Literal["best", "last"] = "best"  # by validation loss, or of the last step
     output_dir: str = "output"  # warped volumes, displacement fields, pictures and metrics; made if missing
 
@@ -76,14 +79,14 @@ class Config:
             if not good:
                 raise InputError(f"--{name}: found {getattr(self, name)!r}, expected {expected}")
 
-        for name in ("steps", "batch_size", "valid_every"):
-            check(name, getattr(self, name) >= 1, "1 or more")
+        for name, most in {"steps": 10**7, "batch_size": 1024, "valid_every": 10**7}.items():
+            check(name, 1 <= getattr(self, name) <= most, f"1 to {most}")
         for name in ("fixed_shape", "moving_shape"):
             check(name, all(8 <= n <= 512 for n in getattr(self, name)), "three sizes from 8 to 512 voxels")
         for name in ("channels", "global_channels", "max_channels"):
             number = getattr(self, name)
-            check(name, number >= 2 and number & (number - 1) == 0, "a power of two: 2, 4, 8, ...")
-        check("first_kernel", self.first_kernel >= 1 and self.first_kernel % 2 == 1, "an odd number")
+            check(name, 2 <= number <= 1024 and number & (number - 1) == 0, "a power of two: 2, 4, 8, ..., 1024")
+        check("first_kernel", self.first_kernel in range(1, 16, 2), "an odd number up to 15")
         check("folds", self.folds == 0 or self.folds >= 2, "0 (off) or 2 and more")
         check("fold", 0 <= self.fold < max(self.folds, 1), f"0 to {max(self.folds, 1) - 1} (folds - 1)")
         check("voxel_size", 0 < self.voxel_size < float("inf"), "a size in mm above 0")
@@ -99,6 +102,7 @@ class Config:
         check("cross_patient", 0 <= self.cross_patient <= 1, "a share from 0 to 1")
         check("mirror_axis", -1 <= self.mirror_axis <= 2, "0, 1 or 2, or -1 for none")
         check("fixed", bool(self.fixed) == bool(self.moving), "both --moving and --fixed, or neither")
+        check("points", not self.points or self.moving, "the pair too: --moving FILE --fixed FILE")
 
 
 def parse(arguments=None, default=None):
@@ -162,7 +166,8 @@ def check_model_dir(config):
     if not any((folder / name).exists() for name in (CHECKPOINT_NAME, BEST_NAME, LAST_NAME)):
         return
     begun = load(folder / CONFIG_NAME)
-    free = {"model_dir", "resume", "test_dir", "moving", "fixed", "weights", "output_dir"}
+    fields = list(Config.__dataclass_fields__)
+    free = {"model_dir", "resume", "test_dir", *fields[fields.index("moving") :]}  # what training does not use
     for name, have in dataclasses.asdict(begun).items():
         if name not in free and getattr(config, name) != have:
             raise InputError(
@@ -215,6 +220,7 @@ def run(main):
     """Run a script's main; bad input ends it with one line and exit status 2."""
     try:
         main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (InputError, OSError) as error:
+        found = error if isinstance(error, InputError) else f"{error.filename}: cannot be used ({error.strerror})"
+        print(f"error: {found}", file=sys.stderr)
         sys.exit(2)

@@ -122,14 +122,22 @@ def read_nifti(path):
             raise InputError(f"{path}: found {type(image).__name__}, expected NIfTI")
         if image.get_data_dtype().kind not in "buif":
             raise InputError(f"{path}: found voxels of type {image.get_data_dtype()}, expected plain numbers")
+        stored = Path(image.file_map["image"].filename)
+        packing = {".nii": 1, ".gz": 1032}.get(stored.suffix, np.inf)  # deflate packs 1032 bytes into one at most
+        found, expected = stored.stat().st_size, np.prod(image.shape, dtype=float) * image.get_data_dtype().itemsize
+        if not 0 < expected <= found * packing:
+            raise InputError(f"{path}: found {found} bytes, expected {expected:.0f} of voxels as its header says")
         data = np.asarray(image.dataobj, np.float32)
     except InputError:
         raise
     except Exception as error:  # nibabel and zlib have many of their own
         raise InputError(f"{path}: cannot be read ({' '.join(str(error).split())}); expected a NIfTI file") from None
     affine = np.array(image.affine, float)
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise InputError(f"{path}: found a singular header matrix {affine[:3].tolist()}, expected sizes in mm above 0")
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    if not (np.isfinite(affine).all() and ((spacing > 1e-3) & (spacing < 1e3)).all()):
+        raise InputError(f"{path}: found a header matrix {affine[:3].tolist()}, expected voxels of 0.001 to 1000 mm")
+    if abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-3:
+        raise InputError(f"{path}: found a singular header matrix {affine[:3].tolist()}, expected three directions")
     if not np.isfinite(data).all():
         raise InputError(f"{path}: found {np.sum(~np.isfinite(data))} NaN or infinite voxels, expected none")
     return data, affine
@@ -163,6 +171,9 @@ def read_labels(path, image_path, volume):
     empty = np.flatnonzero(data.max(axis=(0, 1, 2)) < 0.5)
     if empty.size:
         raise InputError(f"{path}: label {empty[0]} is empty, expected at least one voxel of 0.5 or more")
+    full = np.flatnonzero(data.min(axis=(0, 1, 2)) >= 0.5)
+    if full.size:
+        raise InputError(f"{path}: label {full[0]} fills the image, expected at least one voxel below 0.5")
     return data
 
 
@@ -406,6 +417,8 @@ def written_aside(path):
     try:
         yield aside
         os.replace(aside, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); expected room on a disk of yours") from None
     finally:
         aside.unlink(missing_ok=True)
 

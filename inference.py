@@ -2,11 +2,12 @@
 
     python inference.py                                         every pair of the test folder
     python inference.py --moving mr.nii.gz --fixed us.nii.gz    one new pair
+    ... --points targets.mrk.json                               and carry points on the MR to the ultrasound
     python inference.py --help                                  every setting
 
 Writes to --output_dir, per case and on the fixed image's own grid: warped_image.nii.gz, warped_labels.nii.gz,
-displacement.nii.gz (ITK convention, opens in 3D Slicer), overview.png; and metrics.csv, summary.txt and boxplot.png for
-all cases (for one new pair, in its own folder).
+displacement.nii.gz (ITK convention, opens in 3D Slicer), overview.png; on the moving one's displacement_inverse.nii.gz;
+and metrics.csv, summary.txt and boxplot.png for all cases (for one new pair, in its own folder).
 """
 
 import config as settings
@@ -16,6 +17,7 @@ settings.import_tensorflow()  # before anything else does
 # isort: split
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
@@ -23,7 +25,16 @@ from tqdm import tqdm
 import helpers
 import results
 from networks import build_network
-from utils import dice_score, hausdorff_95, jacobian_determinant, moving_offset, target_registration_error
+from points import read_points, write_points
+from utils import (
+    dice_score,
+    hausdorff_95,
+    invert_points,
+    jacobian_determinant,
+    map_points,
+    moving_offset,
+    target_registration_error,
+)
 
 
 def main():
@@ -36,6 +47,7 @@ def main():
     else:
         pairs = helpers.find_test_pairs(config.folds, config.fold, config.train_dir, config.test_dir)
     helpers.check_pairs(pairs)
+    point_file = read_points(config.points, config.points_frame) if config.points else None
     output_dir = helpers.make_folder(config.output_dir)
     table_dir = helpers.make_folder(output_dir / name) if config.moving else output_dir
 
@@ -88,6 +100,12 @@ def main():
         folder = helpers.make_folder(output_dir / pair.case)
         helpers.write_nifti(folder / "warped_image.nii.gz", images["after"], fixed.affine)
         helpers.write_displacement(folder / "displacement.nii.gz", displacements["after"], fixed.affine)
+        inverse = moving.image.shape, moving.affine, invert(ddf, config.moving_shape, offset), *grids[1::-1], -offset
+        helpers.write_displacement(
+            folder / "displacement_inverse.nii.gz", helpers.displacement_on(*inverse), moving.affine
+        )
+        if point_file:
+            carry_points(point_file, folder, config.points_on, ddf, *grids)
         (folder / "warped_labels.nii.gz").unlink(missing_ok=True)  # an earlier run may have had labels
         if labels:
             cut = (labels["after"] >= 0.5).astype(np.uint8)
@@ -97,6 +115,32 @@ def main():
 
     print(results.save(table_dir, rows), end="")
     print(f"written to {output_dir}: warped volumes, displacement and overview.png of each pair, metrics.csv")
+
+
+def invert(ddf, moving_shape, offset):
+    """The DDF (X, Y, Z, 3) the other way, on the moving grid (MX, MY, MZ, 3): k goes to k - offset + inverse(k)."""
+    index = np.indices(moving_shape, float).reshape(3, -1).T
+    inverse = invert_points(index, ddf, offset) - index + offset
+    return inverse.reshape(*moving_shape, 3).astype(np.float32)
+
+
+def carry_points(file, folder, points_on, ddf, fixed_grid, moving_grid, offset):
+    """Write the points of `file` where they lie in the other image; name those that the network did not see."""
+    if points_on == "moving":
+        on_moving = nib.affines.apply_affine(np.linalg.inv(moving_grid), file.positions)
+        on_fixed = invert_points(on_moving, ddf, offset)
+        result, other = nib.affines.apply_affine(fixed_grid, on_fixed), "fixed"
+    else:
+        on_fixed = nib.affines.apply_affine(np.linalg.inv(fixed_grid), file.positions)
+        on_moving = map_points(on_fixed, ddf, offset)
+        result, other = nib.affines.apply_affine(moving_grid, on_moving), "moving"
+    residual = np.linalg.norm((map_points(on_fixed, ddf, offset) - on_moving) @ moving_grid[:3, :3].T, axis=-1)
+    seen = ((on_fixed >= -0.5) & (on_fixed <= np.array(ddf.shape[:3]) - 0.5)).all(axis=-1) & (residual < 0.1)
+    path = folder / f"{file.stem}_on_{other}{file.suffix}"
+    write_points(path, file, result, seen)
+    for name in np.array(file.names)[~seen]:
+        print(f"warning: point {name} lies outside the field of view of the network and is left out")
+    print(f"{path}: {seen.sum()} points, error of the inversion at most {residual[seen].max(initial=0):.4f} mm")
 
 
 def measure_label(labels, k, affine):

@@ -76,7 +76,7 @@ def main():
     checkpoint = model_dir / settings.CHECKPOINT_NAME
     optimizer.build(network.trainable_variables)
     variables = [*network.variables, *optimizer.variables]
-    if checkpoint.exists():
+    if checkpoint.exists():  # --resume, or check_model_dir would have refused
         done = helpers.load_checkpoint(checkpoint, variables)
     saved, start = done["step"], time.time() - 60 * done["minutes"]
 

@@ -1,8 +1,8 @@
 """How fast, and how close to what the processor can do: this project beside MONAI with PyTorch, and its growth.
 
     pip install -r tests/requirements-benchmark.txt
-    python tests/benchmark.py            the table below, and benchmark.json
-    python tests/benchmark.py growth     media/growth.png, and growth.json: time and memory against the size of the work
+    python tests/benchmark.py            README's table, and media/benchmark.json
+    python tests/benchmark.py growth     media/growth.png, growth.json: time and memory against the size of the work
 
 Every contender lives in a process of its own and does each part of the same work in turn with the others (interleaved
 repeats); medians are shown. The work: 4 pairs on a 47x63x44 grid, one label each, label smoothing of 0 1 2 4 8 16
@@ -326,7 +326,7 @@ def measure(part, channels, names):
 
 def compare():
     rows = []
-    for part in (*SMALL_PARTS, *NETWORK_PARTS):
+    for part in (*NETWORK_PARTS, *SMALL_PARTS):
         for channels in CHANNELS if part in NETWORK_PARTS else (0,):
             names = list(CONTENDERS) if part in SMALL_PARTS else ["ours", "monai", "monai-last"]
             if channels == CHANNELS[0]:
@@ -347,6 +347,7 @@ def compare():
             share = operations[row["channels"]] / rate / row["ours"]
             limit[f"{row['part']}, {row['channels']} channels"] = share
             print(f"{row['part']}, {row['channels']} channels: {100 * share:.0f} % of the convolution limit")
+    print("\n".join(["", *markdown(rows)]))
     return {"rows": rows, "operations": operations, "large convolution, FLOP/s": rate, "share of limit": limit}
 
 
@@ -356,6 +357,20 @@ def show(row):
     title = row["part"] + (f", {row['channels']} channels" if row["channels"] else "")
     others = [f"{CONTENDERS[n]} {row[n] / row['ours']:.2f}x" for n in row if n in CONTENDERS and n != "ours"]
     print(f"{title:<34}{row['ours'] * factor:9.2f}{unit}   {'; '.join(others)}", flush=True)
+
+
+def markdown(rows):
+    """The table as README has it: this project's figure, then how many times as much MONAI takes."""
+    others = "monai", "monai-last", "monai-shipped"
+    lines = ["| part | this project | MONAI, same kernels | the same, channels last | MONAI as shipped |"]
+    lines += ["| --- | --- | --- | --- | --- |"]
+    for row in rows:
+        title = row["part"] + (f", {row['channels']} channels" if row["channels"] else "")
+        value, unit = (row["ours"], "GB") if "memory" in row["part"] else (1e3 * row["ours"], "ms")
+        cells = [f"{row[name] / row['ours']:.1f}" if name in row else "" for name in others]
+        ours = f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+        lines.append(f"| {title} | {ours} {unit} | {' | '.join(cells)} |")
+    return lines
 
 
 # -- Growth ----------------------------------------------------------------------------------------------------------
@@ -415,41 +430,48 @@ def grow_point(cores, cases=4, labels=4, **changes):
 
 
 def grow():
+    results = []
+    for panel, (_, points) in GROWTH.items():
+        for cores in sorted({1, min(2, len(os.sched_getaffinity(0)))}):
+            for value, changes in points:
+                words = [sys.executable, __file__, "point", json.dumps({"cores": cores, **changes})]
+                done = subprocess.run(words, capture_output=True, text=True)
+                if done.returncode:
+                    sys.exit(f"{' '.join(words)}\n{done.stderr[-2000:]}")
+                measured = json.loads(done.stdout.split("\n")[-2])
+                results.append({"panel": panel, "value": value, "cores": cores, **measured})
+                print(json.dumps(results[-1]), flush=True)
+    plot_growth(results)
+    return results
+
+
+def plot_growth(results):
+    """media/growth.png: seconds of a step above, peak memory below, one column for each panel of GROWTH."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    cores = sorted({1, min(2, len(os.sched_getaffinity(0)))})
     figure, axes = plt.subplots(2, len(GROWTH), figsize=(14, 6), layout="constrained", sharex="col")
-    results = []
-    for column, (panel, (title, points)) in zip(axes.T, GROWTH.items(), strict=True):
-        for count in cores:
-            rows = []
-            for value, changes in points:
-                words = [sys.executable, __file__, "point", json.dumps({"cores": count, **changes})]
-                done = subprocess.run(words, capture_output=True, text=True)
-                if done.returncode:
-                    sys.exit(f"{' '.join(words)}\n{done.stderr[-2000:]}")
-                rows.append({"panel": panel, "value": value, "cores": count, **json.loads(done.stdout.split("\n")[-2])})
-                print(json.dumps(rows[-1]), flush=True)
-            results += rows
-            style = {"marker": "o", "label": f"{count} core{'s' * (count > 1)}"}
-            for axis, name in zip(column, ("seconds", "memory"), strict=True):
-                axis.plot([row["value"] for row in rows], [row[name] for row in rows], **style)
-        for axis in column:
-            logarithmic = panel in ("voxels", "cases")
-            axis.set_xscale("log" if logarithmic else "linear")
-            axis.set_yscale("log" if panel == "voxels" else "linear")
-            if panel != "voxels":
-                axis.set_ylim(bottom=0)
+    for column, (panel, (title, _)) in zip(axes.T, GROWTH.items(), strict=True):
+        rows = [row for row in results if row["panel"] == panel]
+        for axis, name in zip(column, ("seconds", "memory"), strict=True):
+            for cores in sorted({row["cores"] for row in rows}):
+                points = [(row["value"], row[name]) for row in rows if row["cores"] == cores]
+                axis.plot(*zip(*points, strict=True), "o-", label=f"{cores} core{'s' * (cores > 1)}")
+            if panel == "voxels":
+                axis.set_yscale("log")
+            else:
+                axis.set_ylim(0, 1.2 * max(row[name] for row in rows))
+            axis.set_xscale("log" if panel in ("voxels", "cases") else "linear")
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("{x:g}" if (panel, name) == ("voxels", "memory") else "")
             axis.grid(alpha=0.3)
         column[1].set_xlabel(title)
     axes[0, 0].set_ylabel("seconds per training step")
     axes[1, 0].set_ylabel("peak memory, GB")
     axes[0, 0].legend()
     figure.savefig(ROOT / "media" / "growth.png", dpi=80)
-    return results
 
 
 if __name__ == "__main__":
@@ -460,4 +482,4 @@ if __name__ == "__main__":
         print(json.dumps(grow_point(**json.loads(rest[0]))))
     else:
         name, result = ("growth.json", grow()) if mode == "growth" else ("benchmark.json", compare())
-        Path(name).write_text(json.dumps(result, indent=1))
+        (ROOT / "media" / name).write_text(json.dumps(result, indent=1) + "\n")

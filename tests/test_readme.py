@@ -1,10 +1,12 @@
 """README and code hold each other to the truth: headings, links, function names, settings and commands."""
 
 import dataclasses
+import json
 import re
 import shlex
 from pathlib import Path
 
+import benchmark
 import pytest
 
 from config import Config, parse
@@ -54,6 +56,21 @@ def test_commands_parse(command):
         assert all((ROOT / script).exists() for script in scripts), part
         if scripts and scripts[0] in ("train.py", "inference.py"):
             parse(words[words.index(scripts[0]) + 1 :])
+
+
+def test_the_figures_of_the_benchmark_are_what_it_wrote():
+    result = json.loads((ROOT / "media" / "benchmark.json").read_text())
+    text = " ".join(README.split())
+    for line in benchmark.markdown(result["rows"]):
+        assert " ".join(line.split()) in text, line
+    warp, gradient = (next(row for row in result["rows"] if row["part"] == f"warp, {n}") for n in ("value", "gradient"))
+    for figure in ("scipy", "sitk"):
+        assert f"{warp[figure] / warp['ours']:.1f} times" in text, figure
+    assert f"{gradient['torch'] / gradient['ours']:.2f} times" in text
+    assert f"({result['large convolution, FLOP/s'] / 1e9:.0f} GFLOP/s)" in text
+    shares = [f"{100 * share:.0f}" for share in result["share of limit"].values()]
+    assert "{} % of the step's time at 8 channels, {} % at 16 and {} % at 32".format(*shares) in text
+    assert "of the network's, {}, {} and {} %".format(*shares[3:]) in text
 
 
 def test_continuous_integration_runs_the_command_of_the_readme():

@@ -3,15 +3,17 @@
 import csv
 import os
 import signal
+import time
 
 import h5py
 import numpy as np
 import pytest
+import rubbish
 
+import helpers
 import train
 
-TINY = "--voxel_size 6 --fixed_shape 12 14 11 --moving_shape 16 16 16 --channels 2 --global_channels 2 --first_kernel 3"
-TINY = [*TINY.split(), "--batch_size", "2", "--steps", "7", "--valid_every", "3"]
+TINY = [*rubbish.TINY, "--steps", "7", "--valid_every", "3"]
 
 
 def arrays(path):
@@ -73,15 +75,24 @@ def interrupt(monkeypatch, at, how):
     monkeypatch.setattr(train, "make_steps", make)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_after_the_step_and_the_rest_follows_bit_for_bit(
-    number, whole, folders, tmp_path, monkeypatch, call
-):
+def test_both_signals_are_noted_and_then_work_as_before():
+    with helpers.signals_noted() as noted:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+    assert noted == [signal.SIGTERM, signal.SIGINT]
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+
+
+def test_a_signal_ends_after_the_step_and_the_rest_follows_bit_for_bit(whole, folders, tmp_path, monkeypatch, call):
     words = [*TINY, *folders, f"--model_dir={tmp_path}"]
     with monkeypatch.context() as patch:
-        interrupt(patch, 5, lambda: os.kill(os.getpid(), number))
+        interrupt(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
         status, out, err = call(train, *words)
-    assert status == 128 + number and "stopped after step 5; to continue, repeat the command with --resume" in out, err
+    assert (
+        status == 128 + signal.SIGTERM and "stopped after step 5; to continue, repeat the command with --resume" in out
+    ), err
     status, out, err = call(train, *words, "--resume")
     assert status == 0, err
     assert_equal(results(tmp_path), results(whole))
@@ -141,4 +152,4 @@ def test_a_loss_that_is_no_number_stops_with_step_cases_and_checkpoint(folders, 
     monkeypatch.setattr(train, "make_steps", make)
     status, _, err = call(train, *TINY, *folders, f"--model_dir={tmp_path}", "--cross_patient=0")
     last = err.splitlines()[-1]
-    assert status == 2 and "step 5, train0" in last and "found a loss of nan" in last and "of step 3" in last, err
+    assert status == 2 and "step 5 (train0" in last and "found a loss of nan" in last and "of step 3" in last, err

@@ -1,0 +1,136 @@
+"""Points through a field and back, and the files that hold them."""
+
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from scipy import ndimage
+
+import points
+from utils import invert_points, map_points
+
+FCSV = """# Markups fiducial file version = 5.6
+# CoordinateSystem = {frame}
+# columns = id,x,y,z,ow,ox,oy,oz,vis,sel,lock,label,desc,associatedNodeID,positionStatus,numberOfControlPoints
+1,{0},{1},{2},0,0,0,1,1,1,0,apex,,,2,0
+2,{3},{4},{5},0,0,0,1,1,1,0,"base, left",,,2,0
+"""
+CSV = "name,x,y,z,remark\napex,{0},{1},{2},a\nbase,{3},{4},{5},b\n"
+
+
+def write_file(folder, suffix, frame, positions, stem="targets"):
+    """A file of two points at positions (2, 3), in the file's own frame."""
+    numbers = np.ravel(positions).tolist()
+    text = {".fcsv": FCSV, ".csv": CSV}.get(suffix, "").format(*numbers, frame=frame)
+    if suffix == ".mrk.json":
+        entries = [{"id": str(k), "label": f"F-{k}", "position": list(p)} for k, p in enumerate(positions)]
+        markups = [
+            {"type": "Fiducial", "coordinateSystem": frame, "coordinateUnits": "mm", "controlPoints": [entry]}
+            for entry in entries
+        ]
+        text = json.dumps({"markups": markups})
+    path = folder / f"{stem}{suffix}"
+    path.write_text(text)
+    return path
+
+
+# -- Through a field -----------------------------------------------------------------------------------------------
+
+
+def test_an_affine_field_is_inverted_exactly(rng):
+    matrix, shift = np.eye(3) + rng.uniform(-0.1, 0.1, (3, 3)), rng.uniform(-2, 2, 3)
+    index = np.moveaxis(np.indices((20, 18, 16), float), 0, -1)
+    offset = np.array([3.0, 1, 2])
+    ddf = index @ matrix.T + shift - index
+    inside = rng.uniform(4, 12, (50, 3))
+    there = inside @ matrix.T + shift + offset
+    np.testing.assert_allclose(map_points(inside, ddf, offset), there, atol=1e-9)
+    np.testing.assert_allclose(invert_points(there, ddf, offset), inside, atol=1e-3)
+
+
+def test_a_smooth_field_is_inverted_also_beyond_its_border(rng):
+    noise = rng.normal(size=(24, 32, 22, 3))
+    ddf = 25 * np.stack([ndimage.gaussian_filter(noise[..., k], 4) for k in range(3)], axis=-1)
+    assert np.abs(ddf).max() > 1
+    points_there = rng.uniform(-3, 35, (200, 3))
+    back = invert_points(points_there, ddf, np.array([6.0, 2, 5]))
+    np.testing.assert_allclose(map_points(back, ddf, np.array([6.0, 2, 5])), points_there, atol=1e-3)
+
+
+# -- Files ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", points.SUFFIXES)
+@pytest.mark.parametrize("frame", ["RAS", "LPS"])
+def test_files_keep_their_frame_and_all_else(suffix, frame, tmp_path):
+    theirs = np.array([[1.5, -2, 3], [40, 50, -60.25]])
+    path = write_file(tmp_path, suffix, frame, theirs)
+    file = points.read_points(path, frame if suffix == ".csv" else "file")
+    np.testing.assert_allclose(file.positions, theirs * ([1, 1, 1] if frame == "RAS" else [-1, -1, 1]))
+    again = tmp_path / f"again{suffix}"
+    points.write_points(again, file, file.positions, [True, True])
+    copy = points.read_points(again, frame if suffix == ".csv" else "file")
+    np.testing.assert_allclose(copy.positions, file.positions)
+    assert copy.names == file.names and copy.frame == frame
+    if suffix == ".mrk.json":
+        assert copy.document == file.document
+    else:
+        assert [len(entry) for entry in copy.entries] == [len(entry) for entry in file.entries]
+    points.write_points(again, file, file.positions + 1, [False, True])
+    copy = points.read_points(again, frame if suffix == ".csv" else "file")
+    np.testing.assert_allclose(copy.positions, file.positions[1:] + 1)
+    assert copy.names == file.names[1:]
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("a.txt", "", "another ending"),
+        ("a.csv", "name,x,y\na,1,2\n", "KeyError"),
+        ("a.csv", "x,y,z\n1,2,three\n", "ValueError"),
+        ("a.csv", "x,y,z\n1,2,nan\n", "three numbers"),
+        ("a.csv", "x,y,z\n", "found 0 points"),
+        ("a.csv", "x,y,z\n1,2,3\n", "--points_frame"),
+        ("a.fcsv", "# CoordinateSystem = IJK\n1,2,3,4\n", "RAS or LPS"),
+        ("a.fcsv", "1,2,3,4\n", "RAS or LPS"),
+        ("a.mrk.json", "{", "JSONDecodeError"),
+        ("a.mrk.json", '{"markups": []}', "ValueError"),
+        ("a.mrk.json", '{"markups": [{"controlPoints": [{"position": null}]}]}', "three numbers"),
+    ],
+)
+def test_bad_files_are_named(name, text, message, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(points.InputError, match=message) as caught:
+        points.read_points(tmp_path / name)
+    assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(points.InputError, match="nowhere"):
+        points.read_points(tmp_path / "nowhere.csv")
+
+
+def check_points_of_a_pair(folder, moving, fixed, run, rng):
+    """Points of a pair go both ways, as SimpleITK takes them with the written fields. run: inference.py's words."""
+    image = nib.load(fixed)
+    inside = rng.uniform(0.4, 0.6, (2, 3)) * image.shape
+    here = nib.affines.apply_affine(image.affine, inside) * [-1, -1, 1]  # LPS, about the middle of the gland
+    path = write_file(folder, ".fcsv", "LPS", here)
+    words = [f"--moving={moving}", f"--fixed={fixed}"]
+    status, out, err = run(*words, f"--points={path}", "--points_on=fixed")
+    assert status == 0 and "targets_on_moving.fcsv: 2 points" in out, err
+    case = folder / "output" / f"{moving.name.split('.')[0]}_to_{fixed.name.split('.')[0]}"
+    there = points.read_points(case / "targets_on_moving.fcsv")
+    field, inverse = (
+        sitk.DisplacementFieldTransform(sitk.ReadImage(str(case / f"{name}.nii.gz"), sitk.sitkVectorFloat64))
+        for name in ("displacement", "displacement_inverse")
+    )
+    theirs = [field.TransformPoint(point) for point in here]
+    np.testing.assert_allclose(there.positions * [-1, -1, 1], theirs, atol=0.05)  # mm
+    np.testing.assert_allclose([inverse.TransformPoint(point) for point in theirs], here, atol=0.3)
+
+    far = np.array([there.positions[0], there.positions[0] + 500])
+    path = write_file(folder, ".mrk.json", "RAS", far)
+    status, out, err = run(*words, f"--points={path}")
+    assert status == 0 and "point F-1 lies outside" in out and "targets_on_fixed.mrk.json: 1 points" in out, err
+    back = points.read_points(case / "targets_on_fixed.mrk.json")
+    np.testing.assert_allclose(back.positions * [-1, -1, 1], here[:1], atol=0.01)
