@@ -544,7 +544,8 @@ def plot_boxes(path, measured):
         for place, values in enumerate(both, start=1):
             aside = np.random.default_rng(0).uniform(-0.15, 0.15, len(values))
             axis.plot(place + aside, values, "o", color="#3388ff", alpha=0.4, markersize=3, zorder=0)
-        axis.set(title=title, xticks=[1, 2], xticklabels=["before", "after"])
+        axis.set_title(title, fontsize=10)
+        axis.set(xticks=[1, 2], xticklabels=["before", "after"])
         axis.set_ylim(0, 1 if "Dice" in title else None)
         axis.grid(axis="y", alpha=0.3)
     with written_aside(path) as aside:
