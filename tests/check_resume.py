@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from test_resume import TINY, assert_equal, results
 
-WORDS = [sys.executable, "train.py", *TINY, "--steps=60", "--valid_every=2"]
+WORDS = [sys.executable, "train.py", *TINY, "--steps=30", "--valid_every=3"]
 
 
 def train(folder, *words, seconds=None):
@@ -50,8 +50,8 @@ def main():
             while not train(model, "--resume", seconds=rng.uniform(0.2, 1.2) * whole if struck < kills else None):
                 struck += 1
                 history = model / "history.csv"
-                steps = len(history.read_text().splitlines()) * 2 - 2 if history.exists() else 0
-                print(f"kill {struck}: after step {steps} of 60", flush=True)
+                steps = len(history.read_text().splitlines()) * 3 - 3 if history.exists() else 0
+                print(f"kill {struck}: after step {steps} of 30", flush=True)
             assert_equal(results(model), results(Path(folder, "whole")))
     print(f"kept    {struck} kills in {runs} trainings: each continued, all weights as without a kill")
 
