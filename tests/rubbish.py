@@ -213,10 +213,11 @@ def of_model(spoil, message):
 
 def of_request(script, words, message):
     def prepare(folder):
-        out = f"--model_dir={folder / 'out'}" if script is train else f"--output_dir={folder / 'out'}"
-        begin = [*TINY, f"--train_dir={folder / 'example' / 'train'}"] if script is train else []
-        begin += [] if script is train else [f"--model_dir={folder / 'model'}"]
-        return script, [*begin, out, *words.split()], message
+        begin = [*TINY, f"--train_dir={folder / 'example' / 'train'}", f"--model_dir={folder / 'out'}"]
+        if script is inference:
+            begin = [f"--model_dir={folder / 'model'}", f"--test_dir={folder / 'example' / 'test'}"]
+            begin += [f"--output_dir={folder / 'out'}"]
+        return script, [*begin, *words.split()], message
 
     return prepare
 
