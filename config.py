@@ -217,10 +217,9 @@ def import_tensorflow():
 
 
 def run(main):
-    """Run a script's main; bad input ends it with one line and exit status 2."""
+    """Run a script's main; bad input, or a file that the system refuses, ends it with one line and exit status 2."""
     try:
         main()
     except (InputError, OSError) as error:
-        found = error if isinstance(error, InputError) else f"{error.filename}: cannot be used ({error.strerror})"
-        print(f"error: {found}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -79,15 +79,9 @@ def main():
                 labels[when] = helpers.warp_to_fixed(moving.labels, moving.affine, displacement, fixed.affine)
 
         # -- Measure: where there are labels, or a true deformation ------------------------------------------------
-        case_rows = [{"case": pair.case, "label": ""}]
         if labels:
             labels["fixed"] = fixed.labels
-            count = fixed.labels.shape[-1]
-            case_rows = [
-                {"case": pair.case, "label": k, **measure_label(labels, k, fixed.affine)} for k in range(count)
-            ]
-            case_rows[0] |= results.rms_tre(case_rows[1:])
-        case_rows[0]["folded_percent"] = 100 * np.mean(jacobian_determinant(ddf) <= 0)
+        case_rows = measure_pair(pair.case, labels, fixed.affine, ddf)
         if pair.true_displacement and labels:
             truth, affine = helpers.read_displacement(pair.true_displacement)
             gland = helpers.warp_to_fixed(fixed.labels[..., 0], fixed.affine, np.zeros_like(truth), affine) >= 0.5
@@ -141,6 +135,15 @@ def carry_points(file, folder, points_on, ddf, fixed_grid, moving_grid, offset):
     for name in np.array(file.names)[~seen]:
         print(f"warning: point {name} lies outside the field of view of the network and is left out")
     print(f"{path}: {seen.sum()} points, error of the inversion at most {residual[seen].max(initial=0):.4f} mm")
+
+
+def measure_pair(case, labels, affine, ddf):
+    """Rows of metrics.csv, one for each label. labels: empty, or (X, Y, Z, L) under "fixed", "before", "after"."""
+    count = labels["fixed"].shape[-1] if labels else 0
+    rows = [{"case": case, "label": k, **measure_label(labels, k, affine)} for k in range(count)]
+    first, *landmarks = rows or [{"case": case, "label": ""}]
+    first |= results.rms_tre(landmarks) | {"folded_percent": 100 * np.mean(jacobian_determinant(ddf) <= 0)}
+    return [first, *landmarks]
 
 
 def measure_label(labels, k, affine):

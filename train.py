@@ -106,9 +106,10 @@ def main():
             result = {name: float(value) for name, value in train_step(tf.constant(step), **batch).items()}
             if not np.isfinite(result["loss"]):
                 cases = ", ".join(f"{pairs[moving].case} to {pairs[fixed].case}" for moving, fixed, _ in draw(step - 1))
+                last = f"{checkpoint} is of step {saved}" if saved else "no checkpoint yet"
                 raise settings.InputError(
                     f"step {step} ({cases}): found a loss of {result['loss']}, expected a number; look at these pairs "
-                    f"or try a smaller --learning_rate; {checkpoint} is of step {saved}"
+                    f"or try a smaller --learning_rate; {last}"
                 )
             done |= {"step": step, "minutes": (time.time() - start) / 60, "recent": [*done["recent"], result]}
             progress.set_postfix({name: f"{value:.3f}" for name, value in result.items()}, refresh=False)

@@ -1,4 +1,4 @@
-"""Coordinates and metrics: reference grids, affine transforms, resampling, warping; Dice, TRE, HD95, folding.
+"""Coordinates and metrics: grids, affine transforms, resampling, points through a field; Dice, TRE, HD95, folding.
 
 Shapes: B batch; X, Y, Z fixed grid; MX, MY, MZ moving grid; L labels; C channels. Coordinates and displacements are in
 voxels, in index order ("ij"), unless a name or docstring says mm. README, "Multimodal image registration".
@@ -200,7 +200,7 @@ def invert_points(points, ddf, offset, iterations=100):
     return result
 
 
-# -- Metrics of one case (NumPy) ---------------------------------------------------------------------------
+# -- Metrics of one case (NumPy) -----------------------------------------------------------------------------------
 
 
 def dice_score(a, b):

@@ -351,25 +351,27 @@ def compare():
     return {"rows": rows, "operations": operations, "large convolution, FLOP/s": rate, "share of limit": limit}
 
 
-def show(row):
-    """One line of the table: this project's figure, then how many times as much each other one takes."""
-    unit, factor = (" GB", 1) if "memory" in row["part"] else (" ms", 1e3)
+def describe(row):
+    """What a row measured, and this project's figure with its unit."""
     title = row["part"] + (f", {row['channels']} channels" if row["channels"] else "")
+    value, unit = (row["ours"], "GB") if "memory" in row["part"] else (1e3 * row["ours"], "ms")
+    return title, f"{value:.{0 if value >= 10 else 1}f} {unit}"
+
+
+def show(row):
+    """One line: this project's figure, then how many times as much each other one takes."""
     others = [f"{CONTENDERS[n]} {row[n] / row['ours']:.2f}x" for n in row if n in CONTENDERS and n != "ours"]
-    print(f"{title:<34}{row['ours'] * factor:9.2f}{unit}   {'; '.join(others)}", flush=True)
+    print("{:<34}{:>9}   ".format(*describe(row)) + "; ".join(others), flush=True)
 
 
 def markdown(rows):
-    """The table as README has it: this project's figure, then how many times as much MONAI takes."""
+    """README's table: the same for MONAI alone."""
     others = "monai", "monai-last", "monai-shipped"
     lines = ["| part | this project | MONAI, same kernels | the same, channels last | MONAI as shipped |"]
     lines += ["| --- | --- | --- | --- | --- |"]
     for row in rows:
-        title = row["part"] + (f", {row['channels']} channels" if row["channels"] else "")
-        value, unit = (row["ours"], "GB") if "memory" in row["part"] else (1e3 * row["ours"], "ms")
         cells = [f"{row[name] / row['ours']:.1f}" if name in row else "" for name in others]
-        ours = f"{value:.0f}" if value >= 10 else f"{value:.1f}"
-        lines.append(f"| {title} | {ours} {unit} | {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join([*describe(row), *cells])} |")
     return lines
 
 

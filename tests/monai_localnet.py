@@ -31,7 +31,7 @@ from tqdm import tqdm
 import helpers
 import inference
 import results
-from utils import jacobian_determinant, moving_offset
+from utils import moving_offset
 
 VOXEL_SIZE, FIXED, MOVING = 1.5, (48, 64, 48), (72, 72, 64)  # LocalNet wants sizes that divide by 16
 OFFSET = moving_offset(MOVING, FIXED)
@@ -106,10 +106,7 @@ def main():
             grids = network_fixed.affine, network_moving.affine, OFFSET
             displacement = helpers.displacement_on(fixed.image.shape, fixed.affine, field, *grids)
             labels[when] = helpers.warp_to_fixed(moving.labels, moving.affine, displacement, fixed.affine)
-        measured = [inference.measure_label(labels, k, fixed.affine) for k in range(fixed.labels.shape[-1])]
-        case = [{"case": pair.case, "label": k, **measures} for k, measures in enumerate(measured)]
-        case[0] |= results.rms_tre(case[1:]) | {"folded_percent": 100 * np.mean(jacobian_determinant(ddf) <= 0)}
-        rows += case
+        rows += inference.measure_pair(pair.case, labels, fixed.affine, ddf)
     print(f"{step} steps in {minutes:.1f} minutes\n{results.save(helpers.make_folder(words.output_dir), rows)}", end="")
 
 
