@@ -33,6 +33,7 @@ class Config:
     test_dir: str = str(EXAMPLE_DIR / "test")  # pairs that inference.py registers; "" = none
     folds: int = 0  # 0 = off; 2 or more: deal the patients of train_dir into that many folds and hold one out
     fold: int = 0  # the fold held out, 0 to folds - 1; inference.py registers it unless --test_dir is named
+    start: Literal["centre", "header"] = "centre"  # what lies over each other at first: volume centres, or world frames
     voxel_size: float = 3.0  # mm, edge of the network grid's isotropic voxels
     fixed_shape: tuple[int, int, int] = (24, 32, 22)  # voxels of the network grid on the fixed image (RAS order)
     moving_shape: tuple[int, int, int] = (36, 36, 32)  # voxels of the network grid on the moving image (RAS order)
@@ -137,6 +138,11 @@ def parse_for_training():
 
 NETWORK_SETTINGS = ["network", "moving_shape", "fixed_shape", "channels", "global_channels", "max_channels"]
 NETWORK_SETTINGS += ["first_kernel", "ddf_levels"]
+
+
+def grid_settings(config):
+    """The last arguments of helpers.pair_to_network."""
+    return config.start, config.moving_shape, config.fixed_shape, config.voxel_size
 
 
 def network_settings(config):

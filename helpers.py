@@ -1,4 +1,4 @@
-"""Files <-> arrays: find pairs, read and check, resample to the network grid, write volumes and pictures.
+"""Files <-> arrays: find pairs, read and check, resample to the network grid, write volumes.
 
 Shapes: B batch; X, Y, Z fixed grid; MX, MY, MZ moving grid; L labels. World coordinates are NIfTI's: RAS, mm.
 """
@@ -14,13 +14,8 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # pictures go to files, whatever screen there is
-import matplotlib.pyplot as plt
 import nibabel as nib
 import numpy as np
-from matplotlib.collections import LineCollection
 from scipy import ndimage
 from tqdm import tqdm
 
@@ -156,16 +151,29 @@ def read_image(path):
 
 
 def read_labels(path, image_path, volume):
-    """Labels (image's shape, L) in [0, 1] that lie on the grid of their image, in `volume`; a 3D file is one label."""
+    """Labels (image's shape, L) in [0, 1] that lie on the grid of their image, in `volume`; and if they were a map.
+
+    A 4D file has one label in each volume; a 3D file is one label or, as segmentation tools write it, a map of
+    integers where 1 is label 0, 2 is label 1 and so on.
+    """
     data, affine = read_nifti(path)
-    data = data[..., None] if data.ndim == 3 else data
-    if data.ndim != 4:
+    if data.ndim not in (3, 4):
         raise InputError(f"{path}: found shape {data.shape}, expected 3 dimensions, or 4 with one label in each volume")
     if data.shape[:3] != volume.image.shape:
         raise InputError(f"{path}: found shape {data.shape[:3]}, expected {volume.image.shape} as in {image_path}")
     last = [*data.shape[:3], 1]
     if not np.allclose((affine - volume.affine)[:3] @ np.transpose([[0, 0, 0, 1], last]), 0, atol=0.1):
         raise InputError(f"{path}: header matrix differs from that of {image_path}, expected the same grid")
+    is_map = data.ndim == 3 and data.max() > 1
+    if is_map:
+        values = np.unique(data)
+        if values.size > 256 or not np.isin(values, range(values.size)).all():
+            found = f"{values.size} values, {values[0]:g} to {values[-1]:g}"
+            raise InputError(
+                f"{path}: found {found}, expected 0 to 1, or a map of the integers 0, 1, 2, ..., all there"
+            )
+        data = (data[..., None] == values[values > 0]).astype(np.float32)
+    data = data[..., None] if data.ndim == 3 else data
     if data.min() < 0 or data.max() > 1:
         raise InputError(f"{path}: found values {data.min():g} to {data.max():g}, expected 0 to 1")
     empty = np.flatnonzero(data.max(axis=(0, 1, 2)) < 0.5)
@@ -174,7 +182,7 @@ def read_labels(path, image_path, volume):
     full = np.flatnonzero(data.min(axis=(0, 1, 2)) >= 0.5)
     if full.size:
         raise InputError(f"{path}: label {full[0]} fills the image, expected at least one voxel below 0.5")
-    return data
+    return data, is_map
 
 
 @dataclass
@@ -184,14 +192,15 @@ class Volume:
     image: np.ndarray
     affine: np.ndarray
     labels: np.ndarray | None = None
+    is_map: bool = False  # the labels were stored as one volume of integers
 
 
 def read_pair(pair):
     """Read and check every file of a pair: moving Volume, fixed Volume, as stored."""
     moving, fixed = Volume(*read_image(pair.moving_image)), Volume(*read_image(pair.fixed_image))
     if pair.moving_labels:
-        moving.labels = read_labels(pair.moving_labels, pair.moving_image, moving)
-        fixed.labels = read_labels(pair.fixed_labels, pair.fixed_image, fixed)
+        moving.labels, moving.is_map = read_labels(pair.moving_labels, pair.moving_image, moving)
+        fixed.labels, fixed.is_map = read_labels(pair.fixed_labels, pair.fixed_image, fixed)
         found, expected = moving.labels.shape[-1], fixed.labels.shape[-1]
         if found != expected:
             message = f"{pair.moving_labels}: found {found} labels, expected {expected} as in {pair.fixed_labels}"
@@ -257,9 +266,8 @@ def to_unit_range(image):
     return np.clip((image - low) / (high - low), 0, 1)
 
 
-def to_network(volume, grid_shape, voxel_size):
-    """A Volume on the network grid: image (X, Y, Z, 1) in 0..1, the grid's matrix, labels (X, Y, Z, L) or None."""
-    grid = network_grid(volume.affine, volume.image.shape, grid_shape, voxel_size)
+def to_network(volume, grid, grid_shape):
+    """A Volume on a network grid: image (X, Y, Z, 1) in 0..1, the grid's matrix, labels (X, Y, Z, L) or None."""
 
     def resampled(data):
         return resample_to_grid(data, volume.affine, grid, grid_shape)
@@ -268,6 +276,31 @@ def to_network(volume, grid_shape, voxel_size):
     if labels is not None:
         labels = np.stack([resampled(label) for label in np.moveaxis(labels, -1, 0)], axis=-1)
     return Volume(resampled(to_unit_range(volume.image))[..., None], grid, labels)
+
+
+def pair_to_network(pair, moving, fixed, start, moving_shape, fixed_shape, voxel_size):
+    """Both Volumes of a pair on the network's grids, which a DDF of zero lays over each other; see to_network.
+
+    start: "centre" lays the moving grid about the moving image's own centre and axes, "header" about those of the
+    fixed image, in the world frame that the two headers share. A warning names an image that covers less than half of
+    its grid.
+    """
+    about = moving if start == "centre" else fixed
+    moving_grid = network_grid(about.affine, about.image.shape, moving_shape, voxel_size)
+    fixed_grid = network_grid(fixed.affine, fixed.image.shape, fixed_shape, voxel_size)
+    for path, volume, grid, shape in (
+        (pair.moving_image, moving, moving_grid, moving_shape),
+        (pair.fixed_image, fixed, fixed_grid, fixed_shape),
+    ):
+        seen = in_view(voxel_to_world(shape, np.linalg.inv(volume.affine) @ grid), volume.image.shape).mean()
+        if seen < 0.5:
+            tqdm.write(f"warning: {path}: covers {100 * seen:.0f} % of the network grid, expected most; see its header")
+    return to_network(moving, moving_grid, moving_shape), to_network(fixed, fixed_grid, fixed_shape)
+
+
+def in_view(points, shape):
+    """Which of the points (..., 3), in voxels, lie at most half a voxel outside a volume, which is also ITK's rule."""
+    return ((points >= -0.5) & (points <= np.array(shape) - 0.5)).all(axis=-1)
 
 
 # -- Batches -------------------------------------------------------------------------------------------------------
@@ -280,18 +313,17 @@ class PreparedPairs:
     in the memory of a few. The folder is made where TMPDIR says. Images are kept as float16, labels as uint8 (255 = 1).
     """
 
-    def __init__(self, pairs, fixed_shape, moving_shape, voxel_size, title="reading"):
+    def __init__(self, pairs, start, moving_shape, fixed_shape, voxel_size):
         self.pairs = pairs
         self.scratch = tempfile.TemporaryDirectory(prefix="prepared-pairs-")  # removed with this object
         self.label_counts, problems = [], []
-        for number, pair in enumerate(tqdm(pairs, title, unit="pair", disable=None)):
+        for number, pair in enumerate(tqdm(pairs, "reading", unit="pair", disable=None)):
             try:
                 moving, fixed = read_pair(pair)
             except InputError as error:
                 problems.append(str(error))
                 continue
-            moving = to_network(moving, moving_shape, voxel_size)
-            fixed = to_network(fixed, fixed_shape, voxel_size)
+            moving, fixed = pair_to_network(pair, moving, fixed, start, moving_shape, fixed_shape, voxel_size)
             self.label_counts.append(fixed.labels.shape[-1])
             for path, side in ((pair.moving_labels, moving), (pair.fixed_labels, fixed)):
                 for k in np.flatnonzero(side.labels.max(axis=(0, 1, 2)) < 1 / 255):
@@ -390,19 +422,19 @@ def voxel_to_world(shape, affine):
     return affine[:3, 3] + sum(index[k].astype(np.float32)[..., None] * affine[:3, k] for k in range(3))
 
 
-def warp_to_fixed(data, affine, displacement, fixed_affine):
+def warp_to_fixed(data, affine, displacement, fixed_affine, order=1):
     """Resample a volume once, at x + displacement(x) for every voxel x of the fixed image.
 
     data: (any shape) or labels (any shape, L), on the grid of matrix `affine`; displacement: (X, Y, Z, 3) mm, RAS.
-    Trilinear; 0 more than half a voxel outside, which is also ITK's rule. Returns (X, Y, Z) or (X, Y, Z, L).
+    order: 1 trilinear, 0 nearest voxel. 0 where it is not `in_view`. Returns (X, Y, Z) or (X, Y, Z, L).
     """
     world = displacement + voxel_to_world(displacement.shape[:3], fixed_affine)
     inverse = np.linalg.inv(affine).astype(np.float32)
-    points = np.moveaxis(world @ inverse[:3, :3].T + inverse[:3, 3], -1, 0)
-    size = np.array(data.shape[:3]).reshape(3, 1, 1, 1)
-    inside = ((points >= -0.5) & (points <= size - 0.5)).all(axis=0)
+    points = world @ inverse[:3, :3].T + inverse[:3, 3]
+    inside = in_view(points, data.shape[:3])
+    points = np.moveaxis(points, -1, 0)
     channels = np.moveaxis(data, -1, 0) if data.ndim == 4 else [data]
-    warped = [np.where(inside, ndimage.map_coordinates(c, points, order=1, mode="nearest"), 0) for c in channels]
+    warped = [np.where(inside, ndimage.map_coordinates(c, points, order=order, mode="nearest"), 0) for c in channels]
     return np.stack(warped, axis=-1) if data.ndim == 4 else warped[0]
 
 
@@ -513,96 +545,3 @@ def load_weights(network, path):
     except (OSError, ValueError, KeyError, UserWarning) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path}: found weights that do not fit ({reason}); expected those of this network") from None
-
-
-# -- Pictures ------------------------------------------------------------------------------------------------------
-
-
-def plot_history(path, history):
-    """Loss, Dice and TRE against the step, training and validation."""
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
-    steps = [row["step"] for row in history]
-    titles = {"loss": "loss", "dice": "Dice, all labels", "tre": "centroid distance, all labels (mm)"}
-    for axis, (name, title) in zip(axes, titles.items(), strict=True):
-        for prefix, label in (("", "training (augmented)"), ("valid_", "validation")):
-            if prefix + name in history[0]:
-                axis.plot(steps, [row[prefix + name] for row in history], ".-", label=label)
-        axis.set(title=title, xlabel="step")
-        axis.grid(alpha=0.3)
-    axes[0].legend()
-    with written_aside(path) as aside:
-        figure.savefig(aside, dpi=100)
-    plt.close(figure)
-
-
-def plot_boxes(path, measured):
-    """Box plots before and after, and every value as a dot. measured: title -> (values before, values after)."""
-    figure, axes = plt.subplots(1, len(measured), figsize=(2.4 * len(measured), 3.2), layout="constrained")
-    for axis, (title, both) in zip(np.atleast_1d(axes), measured.items(), strict=True):
-        both = [values[~np.isnan(values)] for values in both]
-        axis.boxplot(both, widths=0.6, showfliers=False, medianprops={"color": "#c03028", "linewidth": 2})
-        for place, values in enumerate(both, start=1):
-            aside = np.random.default_rng(0).uniform(-0.15, 0.15, len(values))
-            axis.plot(place + aside, values, "o", color="#3388ff", alpha=0.4, markersize=3, zorder=0)
-        axis.set_title(title, fontsize=10)
-        axis.set(xticks=[1, 2], xticklabels=["before", "after"])
-        axis.set_ylim(0, 1 if "Dice" in title else None)
-        axis.grid(axis="y", alpha=0.3)
-    with written_aside(path) as aside:
-        figure.savefig(aside, dpi=100)
-    plt.close(figure)
-
-
-def plot_overview(path, title, fixed, warped, affine, labels, ddf, voxel_size):
-    """Three orthogonal slices: fixed, moving before, moving after, and the deformation grid.
-
-    fixed and warped["before"], ["after"]: (X, Y, Z) on the fixed image's own grid; labels: empty, or (X, Y, Z, L)
-    arrays under "fixed", "before", "after"; ddf: (X, Y, Z, 3) voxels of `voxel_size` mm.
-    """
-    volumes = {name: canonical(v, affine) for name, v in {"fixed": fixed, **warped}.items()}
-    labels = {name: canonical(v, affine) for name, v in labels.items()}
-    spacing = np.linalg.norm(nib.as_closest_canonical(nib.Nifti1Image(fixed, affine)).affine[:3, :3], axis=0)
-    size = np.array(volumes["fixed"].shape)
-    centre = (size - 1) / 2
-    focus = np.round(ndimage.center_of_mass(labels["fixed"][..., 0]) if labels else centre).astype(int)
-    points = (np.moveaxis(np.indices(ddf.shape[:3]), 0, -1) - (np.array(ddf.shape[:3]) - 1) / 2 + ddf) * voxel_size
-
-    figure, axes = plt.subplots(3, 4, figsize=(13, 10), layout="constrained")
-    figure.suptitle(title)
-    headings = "fixed image", "moving image, before", "moving image, warped", "deformation of the fixed grid"
-    for row, (name, normal) in zip(axes, (("axial", 2), ("coronal", 1), ("sagittal", 0)), strict=True):
-        u, v = (k for k in range(3) if k != normal)
-        extent = [side * spacing[k] * size[k] / 2 for k in (u, v) for side in (-1, 1)]
-        row[0].set_ylabel(name)
-        for axis, heading, kind in zip(row, headings, ("fixed", "before", "after", "grid"), strict=True):
-            shown = volumes.get(kind, volumes["fixed"])
-            axis.imshow(
-                np.take(shown, focus[normal], normal).T, cmap="gray", origin="lower", extent=extent,
-                vmin=np.percentile(shown, 0.2), vmax=np.percentile(shown, 99.8), alpha=0.5 if kind == "grid" else 1,
-            )  # fmt: skip
-            axis.set(xticks=[], yticks=[], xlim=extent[:2], ylim=extent[2:], aspect="equal")
-            axis.set_title(heading if name == "axial" else "")
-            styles = {kind: ("#ffaa22", "--"), "fixed": ("#33dd77", "-")} if labels and kind != "grid" else {}
-            for shown_kind, (colour, style) in styles.items():
-                for label in np.moveaxis(labels[shown_kind], -1, 0):
-                    cut = np.take(label, focus[normal], normal).T
-                    if cut.max() > 0.5:
-                        axis.contour(
-                            cut, [0.5], colors=colour, linestyles=style, linewidths=1.2, extent=extent, origin="lower"
-                        )
-        depth = round((focus[normal] - centre[normal]) * spacing[normal] / voxel_size + (ddf.shape[normal] - 1) / 2)
-        plane = np.take(points, np.clip(depth, 0, ddf.shape[normal] - 1), normal)[..., [u, v]]
-        lines = [*plane, *np.swapaxes(plane, 0, 1)]
-        row[3].add_collection(LineCollection(lines, colors="#3388ff", linewidths=0.7))
-    if labels:
-        axes[0, 0].plot([], [], "-", color="#33dd77", label="fixed labels")
-        axes[0, 0].plot([], [], "--", color="#ffaa22", label="moving labels")
-        figure.legend(loc="outside lower center", ncols=2)
-    with written_aside(path) as aside:
-        figure.savefig(aside, dpi=80)
-    plt.close(figure)
-
-
-def canonical(volume, affine):
-    """A volume's voxels in the axis order and direction nearest to RAS+."""
-    return nib.as_closest_canonical(nib.Nifti1Image(volume, affine)).get_fdata(dtype=np.float32)

@@ -23,6 +23,7 @@ import tensorflow as tf
 from tqdm import tqdm
 
 import helpers
+import pictures
 import results
 from networks import build_network
 from points import read_points, write_points
@@ -58,11 +59,11 @@ def main():
     predict = tf.function(network)
     offset = moving_offset(config.moving_shape, config.fixed_shape)
 
-    rows = []
+    rows, cases = [], []
     for pair in tqdm(pairs, "registering", unit="pair", disable=None):
         moving, fixed = helpers.read_pair(pair)
-        network_moving = helpers.to_network(moving, config.moving_shape, config.voxel_size)
-        network_fixed = helpers.to_network(fixed, config.fixed_shape, config.voxel_size)
+        grid_settings = settings.grid_settings(config)
+        network_moving, network_fixed = helpers.pair_to_network(pair, moving, fixed, *grid_settings)
         grids = network_fixed.affine, network_moving.affine, offset
 
         # -- Predict: images in, DDF out, both on the network grid -------------------------------------------------
@@ -102,13 +103,21 @@ def main():
             carry_points(point_file, folder, config.points_on, ddf, *grids)
         (folder / "warped_labels.nii.gz").unlink(missing_ok=True)  # an earlier run may have had labels
         if labels:
-            cut = (labels["after"] >= 0.5).astype(np.uint8)
-            helpers.write_nifti(folder / "warped_labels.nii.gz", cut, fixed.affine)
-        overview = fixed.image, images, fixed.affine, labels, ddf, config.voxel_size
-        helpers.plot_overview(folder / "overview.png", pair.case, *overview)
+            cut = labels["after"] >= 0.5
+            if moving.is_map:  # back to a map, by the nearest voxel, so that no gap opens between two labels
+                stored = moving.labels @ np.arange(1, cut.shape[-1] + 1, dtype=np.float32)
+                cut = helpers.warp_to_fixed(stored, moving.affine, displacements["after"], fixed.affine, order=0)
+            helpers.write_nifti(folder / "warped_labels.nii.gz", cut.astype(np.uint8), fixed.affine)
+        shown = fixed.image, images, fixed.affine, labels
+        pictures.plot_overview(
+            folder / "overview.png", pair.case, *shown, ddf, jacobian_determinant(ddf), config.voxel_size
+        )
+        cases.append((results.line(case_rows), folder / "overview.png", pictures.viewer(*shown)))
 
-    print(results.save(table_dir, rows), end="")
-    print(f"written to {output_dir}: warped volumes, displacement and overview.png of each pair, metrics.csv")
+    summary = results.save(table_dir, rows)
+    plots = [table_dir / "boxplot.png"] if (table_dir / "boxplot.png").exists() else []
+    pictures.write_report(table_dir / "report.html", f"Registration: {output_dir}", summary, plots, cases)
+    print(f"{summary}written to {output_dir}: warped volumes and displacements of each pair, metrics.csv, report.html")
 
 
 def invert(ddf, moving_shape, offset):

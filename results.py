@@ -14,6 +14,7 @@ import numpy as np
 
 import config as settings
 import helpers
+import pictures
 
 MEASURES = {  # name in metrics.csv -> title, each before and after registration
     "dice_{}": "gland Dice",
@@ -61,7 +62,7 @@ def save(folder, rows):
         aside.write_text(text)
     (folder / "boxplot.png").unlink(missing_ok=True)  # an earlier run may have had labels
     if measured:
-        helpers.plot_boxes(folder / "boxplot.png", measured)
+        pictures.plot_boxes(folder / "boxplot.png", measured)
     return text
 
 
@@ -90,6 +91,12 @@ def rms_tre(landmarks):
     """The RMS TRE of a pair as entries of its first row; from the rows of its landmarks."""
     names = [(f"rms_tre_{when}_mm", [row[f"tre_{when}_mm"] for row in landmarks]) for when in TIMES]
     return {name: np.sqrt(np.nanmean(np.square(tre))) for name, tre in names if not np.isnan(tre).all()}
+
+
+def line(rows):
+    """The measures of one pair in a line: its name, and each median before and after."""
+    medians = {title: [np.median(measured) for measured in both] for title, both in values(rows).items()}
+    return "; ".join([rows[0]["case"], *("{} {:.2f} to {:.2f}".format(title, *m) for title, m in medians.items())])
 
 
 def summary(rows):

@@ -25,6 +25,7 @@ import tensorflow as tf
 from tqdm import tqdm
 
 import helpers
+import pictures
 from losses import REGULARISERS, SIMILARITIES, mean_over_labels, multi_scale
 from networks import build_network
 from utils import label_metrics, moving_offset, random_affine, random_gamma, reference_grid, resample, transform_points
@@ -44,7 +45,7 @@ def main():
         train_pairs, _ = helpers.split_fold(train_pairs, config.folds, config.fold)
     valid_pairs = helpers.find_pairs(config.valid_dir) if config.valid_dir else []
     pairs = train_pairs + valid_pairs
-    prepared = helpers.PreparedPairs(pairs, config.fixed_shape, config.moving_shape, config.voxel_size)
+    prepared = helpers.PreparedPairs(pairs, *settings.grid_settings(config))
     train_numbers, valid_numbers = range(len(train_pairs)), range(len(train_pairs), len(pairs))
 
     def draw(step):
@@ -88,7 +89,7 @@ def main():
         done["history"].append(row)
         done["recent"] = []
         helpers.write_csv(model_dir / "history.csv", done["history"])
-        helpers.plot_history(model_dir / "history.png", done["history"])
+        pictures.plot_history(model_dir / "history.png", done["history"])
         with events.as_default(done["step"]):
             for name, value in row.items():
                 tf.summary.scalar(name, value)

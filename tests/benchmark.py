@@ -414,9 +414,7 @@ def grow_point(cores, cases=4, labels=4, **changes):
                 image = nib.Nifti1Image(rng.integers(0, 255, shape, np.uint8), affine)
                 image.to_filename(Path(folder, f"{side}_images", f"{case}.nii"))
                 nib.Nifti1Image(label, affine).to_filename(Path(folder, f"{side}_labels", f"{case}.nii"))
-        prepared = helpers.PreparedPairs(
-            helpers.find_pairs(folder), config.fixed_shape, config.moving_shape, config.voxel_size
-        )
+        prepared = helpers.PreparedPairs(helpers.find_pairs(folder), *settings.grid_settings(config))
     network = build_network(**settings.network_settings(config))
     step, _ = train.make_steps(config, network, keras.optimizers.Adam(config.learning_rate, global_clipnorm=1.0))
     times = []

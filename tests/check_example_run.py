@@ -34,9 +34,8 @@ def main():
     cases = []
     for pair in helpers.find_pairs(config.test_dir):
         moving, fixed = helpers.read_pair(pair)
-        network_moving = helpers.to_network(moving, config.moving_shape, config.voxel_size)
-        network_fixed = helpers.to_network(fixed, config.fixed_shape, config.voxel_size)
-        cases.append((pair, moving, fixed, network_moving, network_fixed))
+        on_grids = helpers.pair_to_network(pair, moving, fixed, *settings.grid_settings(config))
+        cases.append((pair, moving, fixed, *on_grids))
 
     rng = np.random.default_rng(0)
     results = {"no registration": [], "own images": [], "another patient's MR": [], "noise": []}

@@ -34,6 +34,7 @@ import results
 from utils import moving_offset
 
 VOXEL_SIZE, FIXED, MOVING = 1.5, (48, 64, 48), (72, 72, 64)  # LocalNet wants sizes that divide by 16
+GRID = "centre", MOVING, FIXED, VOXEL_SIZE
 OFFSET = moving_offset(MOVING, FIXED)
 
 
@@ -62,7 +63,7 @@ def main():
     words = parser.parse_args()
     torch.manual_seed(words.seed)
     train_pairs, test_pairs = helpers.split_fold(helpers.find_pairs(words.train_dir), words.folds, words.fold)
-    prepared = helpers.PreparedPairs(train_pairs, FIXED, MOVING, VOXEL_SIZE)
+    prepared = helpers.PreparedPairs(train_pairs, *GRID)
     network = LocalNet(3, 2, words.channels, extract_levels=(0, 1, 2, 3, 4), out_kernel_initializer="zeros")
     optimizer = torch.optim.Adam(network.parameters(), 1e-3)
     similarity, bending = MultiScaleLoss(DiceLoss(squared_pred=True), scales=[0, 1, 2, 4, 8, 16]), BendingEnergyLoss()
@@ -97,8 +98,7 @@ def main():
     rows = []
     for pair in tqdm(test_pairs, "registering", unit="pair", disable=None):
         moving, fixed = helpers.read_pair(pair)
-        ours = (helpers.to_network(v, shape, VOXEL_SIZE) for v, shape in ((moving, MOVING), (fixed, FIXED)))
-        network_moving, network_fixed = ours
+        network_moving, network_fixed = helpers.pair_to_network(pair, moving, fixed, *GRID)
         with torch.no_grad():
             ddf = predict(*(to_torch(v.image[None].astype(np.float32)) for v in (network_moving, network_fixed)))
         ddf, labels = ddf[0].numpy(), {"fixed": fixed.labels}

@@ -128,7 +128,8 @@ def test_network_grid_does_not_depend_on_the_stored_orientation(rng):
         )
         stored = image.as_reoriented(change)
         volume = helpers.Volume(stored.get_fdata(dtype=np.float32), stored.affine)
-        results.append(helpers.to_network(volume, (10, 9, 8), 2.0))
+        grid = helpers.network_grid(volume.affine, volume.image.shape, (10, 9, 8), 2.0)
+        results.append(helpers.to_network(volume, grid, (10, 9, 8)))
         np.testing.assert_allclose(results[-1].image, results[0].image, atol=1e-4)
         np.testing.assert_allclose(results[-1].affine, results[0].affine, atol=1e-4)
 
@@ -198,7 +199,7 @@ def test_patients_csv_is_read(tmp_path):
 
 @pytest.fixture(scope="module")
 def prepared(example):
-    return helpers.PreparedPairs(helpers.find_pairs(example / "train"), (24, 32, 22), (36, 36, 32), 3.0)
+    return helpers.PreparedPairs(helpers.find_pairs(example / "train"), "centre", (36, 36, 32), (24, 32, 22), 3.0)
 
 
 def sample_batch(prepared, *words, **settings):
@@ -241,7 +242,7 @@ def test_a_3d_file_is_one_label_and_a_label_off_the_grid_is_named(tmp_path, rng,
     pair = helpers.Pair("a", "a", **paths)
     moving, _ = helpers.read_pair(pair)
     assert moving.labels.shape == (30, 30, 30, 1)
-    small = helpers.PreparedPairs([pair], (8, 8, 8), (8, 8, 8), 3.0)
+    small = helpers.PreparedPairs([pair], "centre", (8, 8, 8), (8, 8, 8), 3.0)
     assert "moving_labels.nii.gz: label 0 lies outside" in capsys.readouterr().out
     assert helpers.whole_pair(small, 0)["mask"].tolist() == [[0]]
 

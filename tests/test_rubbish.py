@@ -62,7 +62,9 @@ def test_no_header_raises_anything_else(changes, keep, compressed, small_file):
     path.write_bytes(gzip.compress(bytes(data[:keep]), 1) if compressed else bytes(data[:keep]))
     try:
         image, affine = helpers.read_image(path)
-        volume = helpers.to_network(helpers.Volume(image, affine), (8, 8, 8), 3.0)
+        volume = helpers.to_network(
+            helpers.Volume(image, affine), helpers.network_grid(affine, image.shape, (8, 8, 8), 3.0), (8, 8, 8)
+        )
         assert np.isfinite(volume.image).all()
     except InputError as error:
         assert str(error).startswith(str(path)) and "\n" not in str(error)

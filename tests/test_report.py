@@ -1,0 +1,118 @@
+"""The report of a run, in a real browser: it loads, shows the volumes, the slider moves them, nothing is fetched.
+
+The last one needs Chromium and its driver (Debian: chromium and chromium-driver), and is skipped without.
+"""
+
+import base64
+import io
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+from PIL import Image
+from selenium import webdriver
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
+
+import pictures
+
+BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+AFFINE = np.diag([2.0, 2, 3, 1])
+
+
+def ball(shape, centre, radius):
+    distance = np.linalg.norm(np.moveaxis(np.indices(shape), 0, -1) - centre, axis=-1)
+    return np.clip(radius + 0.5 - distance, 0, 1).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """Arguments that plot_overview and viewer share: a ball that lies elsewhere before registration."""
+    labels = {"fixed": ball((30, 26, 12), (15, 13, 6), 5), "before": ball((30, 26, 12), (20, 13, 6), 5)}
+    labels["after"] = labels["fixed"]
+    images = {name: label + np.linspace(0, 0.5, 12, dtype=np.float32) for name, label in labels.items()}
+    warped = {name: images[name] for name in ("before", "after")}
+    return images["fixed"], warped, AFFINE, {name: label[..., None] for name, label in labels.items()}
+
+
+@pytest.fixture(scope="module")
+def report(pair, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    ddf = np.zeros((20, 18, 12, 3), np.float32)
+    pictures.plot_overview(folder / "overview.png", "a <pair>", *pair, ddf, np.ones(ddf.shape[:3]), 3.0)
+    cases = [(f"case{k} & more", folder / "overview.png", pictures.viewer(*pair)) for k in range(2)]
+    pictures.write_report(folder / "report.html", "a <run>", "gland Dice  0.5  0.9", [folder / "overview.png"], cases)
+    return folder / "report.html"
+
+
+def test_the_viewer_shows_each_slice_of_each_volume_with_its_outlines(pair):
+    slices = 12 * 3 // 2  # drawn as cubes of 2 mm
+    for labels in (pair[3], {}):
+        page = pictures.viewer(*pair[:3], labels)
+        sources = re.findall(r'"source":"data:image\\u002fpng;base64,([^"]+)"', page)
+        assert len(sources) == 3 * (slices + 1)  # the first three show the middle
+        shown = [Image.open(io.BytesIO(base64.b64decode(text.replace("\\u002f", "/")))) for text in sources]
+        assert {image.size for image in shown} == {(30, 26)}
+        colours = [{tuple(colour) for _, colour in image.convert("RGB").getcolors()} for image in shown[:3]]
+        green, orange = (tuple(round(255 * c) for c in to_rgb(name)) for name in (pictures.GREEN, pictures.ORANGE))
+        assert [green in c for c in colours] == [bool(labels), bool(labels), False]  # hidden beneath a perfect result
+        assert [orange in c for c in colours] == [False, bool(labels), bool(labels)]
+
+
+def test_a_picture_shows_folding_and_needs_no_labels(pair, tmp_path):
+    determinant = np.ones((20, 18, 12))
+    ddf = np.zeros((20, 18, 12, 3), np.float32)
+    pictures.plot_overview(tmp_path / "plain.png", "", *pair[:3], {}, ddf, determinant, 3.0)
+    determinant[8:12, 8:12, 4:8] = -1
+    pictures.plot_overview(tmp_path / "folded.png", "", *pair[:3], {}, ddf, determinant, 3.0)
+    plain, folded = (np.asarray(Image.open(tmp_path / f"{n}.png").convert("L"), int) for n in ("plain", "folded"))
+    where = np.argwhere(folded < plain - 150)
+    assert len(where) > 100 and where[:, 1].min() > plain.shape[1] * 0.7  # black, in the last column
+
+
+@pytest.mark.skipif(not (BROWSER and DRIVER), reason="no chromium or no chromedriver")
+def test_the_page_works_in_a_browser_and_fetches_nothing(report):
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    for word in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--window-size=1200,1000",
+    ):
+        options.add_argument(word)
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    try:
+        browser.get(report.as_uri())
+        assert browser.title == "a <run>" and "gland Dice" in browser.find_element(By.TAG_NAME, "pre").text
+        assert [h.text for h in browser.find_elements(By.TAG_NAME, "h2")] == ["case0 & more", "case1 & more"]
+        loaded = browser.execute_script("return [...document.images].map(i => i.complete && i.naturalWidth > 0)")
+        assert loaded == [True] * 3
+        viewers = browser.find_elements(By.CLASS_NAME, "plotly-graph-div")
+        assert len(viewers) == 2
+
+        def slices():
+            return [image.get_attribute("href") for image in viewers[1].find_elements(By.CSS_SELECTOR, ".im image")]
+
+        WebDriverWait(browser, 30).until(lambda _: len(slices()) == 3 and all(slices()))
+        before = slices()
+        assert all(source.startswith("data:image") for source in before) and len(set(before)) == 3
+        size = viewers[1].find_element(By.CSS_SELECTOR, ".im image").size
+        assert size["width"] / size["height"] == pytest.approx(30 / 26, rel=0.05)  # in mm, as in the header
+        rail = viewers[1].find_element(By.CSS_SELECTOR, ".slider-rail-touch-rect")
+        browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", rail)
+        ActionChains(browser).move_to_element_with_offset(rail, -rail.size["width"] // 4, 0).click().perform()
+        WebDriverWait(browser, 30).until(lambda _: all(a != b for a, b in zip(slices(), before, strict=True)))
+
+        events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+        asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+        assert asked and all(url.startswith(("file:", "data:", "blob:")) for url in asked), asked
+        assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    finally:
+        browser.quit()
