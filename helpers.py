@@ -405,21 +405,38 @@ def displacement_on(shape, affine, ddf, fixed_grid, moving_grid, offset):
     y = moving_grid (j + offset + ddf(j)). Beyond the network grid the DDF keeps its border value.
     """
     to_grid = np.linalg.inv(fixed_grid) @ affine
-    ddf = [
-        ndimage.affine_transform(ddf[..., k], to_grid[:3, :3], to_grid[:3, 3], shape, order=1, mode="nearest")
-        for k in range(3)
-    ]
     # At voxel i of the image, y - x = moving_grid (to_grid i + offset) - affine i, which is affine in i, + the DDF's.
     rest = moving_grid @ nib.affines.from_matvec(np.eye(3), offset) @ to_grid - affine
-    result = np.stack(ddf, axis=-1) @ moving_grid[:3, :3].T.astype(np.float32)
-    return result + voxel_to_world(shape, rest)
+    result = interpolate(ddf @ moving_grid[:3, :3].T.astype(np.float32), to_grid, shape)
+    result += voxel_to_world(shape, rest)
+    return result
+
+
+def interpolate(field, to_field, shape):
+    """A field (X, Y, Z, C) at voxel to_field @ i for every voxel i of a grid: linear, its border value outside.
+
+    As long as the two grids' axes are parallel, in whatever order, that is one small matrix product along each.
+    """
+    matrix, origin = to_field[:3, :3], to_field[:3, 3]
+    along = np.argmax(np.abs(matrix), axis=1)  # the grid's axis that is each axis of the field
+    oblique = matrix - np.eye(3)[along] * matrix
+    if np.abs(oblique).max() * max(shape) > 1e-3 or len(set(along)) < 3:
+        channels = np.moveaxis(field, -1, 0)
+        values = [ndimage.affine_transform(c, matrix, origin, shape, order=1, mode="nearest") for c in channels]
+        return np.stack(values, axis=-1)
+    weights = []
+    for axis, size in enumerate(field.shape[:3]):
+        place = np.clip(matrix[axis, along[axis]] * np.arange(shape[along[axis]]) + origin[axis], 0, size - 1)
+        weights.append(np.maximum(1 - np.abs(place[:, None] - np.arange(size)), 0).astype(np.float32))
+    grid_axes = ["uvw"[axis] for axis in along]
+    return np.einsum("xyzc,{}x,{}y,{}z->uvwc".format(*grid_axes), field, *weights, optimize=True)
 
 
 def voxel_to_world(shape, affine):
     """Affine map of every voxel index of a grid: (X, Y, Z, 3) float32."""
     affine = np.asarray(affine, np.float32)
     index = np.ogrid[: shape[0], : shape[1], : shape[2]]
-    return affine[:3, 3] + sum(index[k].astype(np.float32)[..., None] * affine[:3, k] for k in range(3))
+    return sum((index[k].astype(np.float32)[..., None] * affine[:3, k] for k in range(3)), affine[:3, 3])
 
 
 def warp_to_fixed(data, affine, displacement, fixed_affine, order=1):
@@ -432,7 +449,7 @@ def warp_to_fixed(data, affine, displacement, fixed_affine, order=1):
     inverse = np.linalg.inv(affine).astype(np.float32)
     points = world @ inverse[:3, :3].T + inverse[:3, 3]
     inside = in_view(points, data.shape[:3])
-    points = np.moveaxis(points, -1, 0)
+    points = np.ascontiguousarray(np.moveaxis(points, -1, 0))
     channels = np.moveaxis(data, -1, 0) if data.ndim == 4 else [data]
     warped = [np.where(inside, ndimage.map_coordinates(c, points, order=order, mode="nearest"), 0) for c in channels]
     return np.stack(warped, axis=-1) if data.ndim == 4 else warped[0]

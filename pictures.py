@@ -68,16 +68,10 @@ def plot_overview(path, title, fixed, warped, affine, labels, ddf, determinant, 
     size, grid_size = np.array(volumes["fixed"].shape), np.array(ddf.shape[:3])
     focus = ndimage.center_of_mass(labels["fixed"][..., 0]) if labels else (size - 1) / 2
     focus = np.round(focus).astype(int)
-    squares = np.indices(size) // np.maximum(np.round(12 / spacing), 1).astype(int)[:, None, None, None]
-    grey = {
-        name: (v - np.percentile(v, 0.2)) / (np.ptp(np.percentile(v, [0.2, 99.8])) or 1) for name, v in volumes.items()
-    }
-    grey["checkerboard"] = np.where(squares.sum(axis=0) % 2, grey["fixed"], grey["after"])
+    limits = {name: grey_limits(v) for name, v in volumes.items()}
     shift = ddf.mean(axis=(0, 1, 2))
     points = (np.moveaxis(np.indices(grid_size), 0, -1) - (grid_size - 1) / 2 + ddf - shift) * voxel_size
-    depth = (focus - (size - 1) / 2) * spacing / voxel_size + (
-        grid_size - 1
-    ) / 2  # the network grid has the same centre
+    depth = (focus - (size - 1) / 2) * spacing / voxel_size + (grid_size - 1) / 2  # both grids have one centre
     depth = np.clip(np.round(depth), 0, grid_size - 1).astype(int)
     outlines = {"fixed": {"fixed": GREEN}, "before": {"before": ORANGE, "fixed": GREEN}, "change": {"fixed": GREEN}}
     outlines["after"] = {"after": ORANGE, "fixed": GREEN}
@@ -100,6 +94,13 @@ def plot_overview(path, title, fixed, warped, affine, labels, ddf, determinant, 
             for n, step in ((size, spacing), (grid_size, [voxel_size] * 3))
         )
         row[0].set_ylabel(name)
+        cuts = {
+            kind: (np.take(v, focus[normal], normal) - limits[kind][0]) / np.ptp(limits[kind])
+            for kind, v in volumes.items()
+        }
+        square = np.maximum(np.round(12 / spacing[[u, v]]), 1)[:, None, None]
+        odd = (np.indices(cuts["fixed"].shape) // square).sum(axis=0) % 2
+        cuts["checkerboard"] = np.where(odd, cuts["fixed"], cuts["after"])
         for axis, (kind, heading) in zip(row, headings.items(), strict=True):
             if kind == "change":
                 colours = matplotlib.colormaps["RdBu_r"].with_extremes(bad="black")  # where there is no logarithm
@@ -109,8 +110,7 @@ def plot_overview(path, title, fixed, warped, affine, labels, ddf, determinant, 
                 lines = [*plane[::2], *np.swapaxes(plane, 0, 1)[::2]]
                 axis.add_collection(LineCollection(lines, colors="black", linewidths=0.6, alpha=0.7))
             else:
-                cut = np.take(grey[kind], focus[normal], normal)
-                axis.imshow(cut.T, cmap="gray", origin="lower", extent=extent, vmin=0, vmax=1)
+                axis.imshow(cuts[kind].T, cmap="gray", origin="lower", extent=extent, vmin=0, vmax=1)
             for shown, colour in outlines.get(kind, {}).items() if labels else ():
                 for label in np.moveaxis(np.take(labels[shown], focus[normal], normal), -1, 0):
                     if label.max() > 0.5:
@@ -140,6 +140,12 @@ def canonical_spacing(volume, affine):
     return nib.affines.voxel_sizes(nib.as_closest_canonical(nib.Nifti1Image(volume, affine)).affine)
 
 
+def grey_limits(volume):
+    """The intensities to show as black and as white; from about a million voxels, which is enough."""
+    low, high = np.percentile(volume.ravel()[:: max(1, volume.size // 10**6)], [0.2, 99.8])
+    return low, max(high, low + 1e-6)
+
+
 # -- Report: one page for a whole run ------------------------------------------------------------------------------
 
 
@@ -156,8 +162,8 @@ def viewer(fixed, warped, affine, labels):
     panels = []
     for kind, volume in {"fixed": fixed, **warped}.items():
         small = ndimage.zoom(canonical(volume, affine), spacing / step, order=1)
-        low, high = np.percentile(small, [0.2, 99.8])
-        grey = 4 * np.clip((small - low) / (high - low or 1) * 63, 0, 63).astype(np.uint8)
+        low, high = grey_limits(small)
+        grey = 4 * np.clip((small - low) / (high - low) * 63, 0, 63).astype(np.uint8)
         panel = np.repeat(grey[..., None], 3, axis=-1)
         for shown in dict.fromkeys(["fixed", kind]) if labels else ():
             for label in np.moveaxis(canonical(labels[shown], affine), -1, 0):

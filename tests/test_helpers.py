@@ -85,6 +85,34 @@ def test_simpleitk_applies_our_displacement_file_and_gets_our_warped_image(name,
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
+def test_with_headers_as_the_start_a_zero_field_moves_nothing(name, rng, capsys):
+    (fixed_shape, fixed_affine), (moving_shape, moving_affine) = GEOMETRIES[name]
+    fixed = helpers.Volume(smooth_volume(rng, fixed_shape), fixed_affine)
+    moving = helpers.Volume(smooth_volume(rng, moving_shape), moving_affine)
+    shapes = (15, 12, 16), (10, 11, 12)
+    moving_net, fixed_net = helpers.pair_to_network(
+        helpers.Pair("a", "a", "mr", "us"), moving, fixed, "header", *shapes, 2.0
+    )
+    zero, offset = np.zeros((*shapes[1], 3)), moving_offset(*shapes)
+    displacement = helpers.displacement_on(fixed_shape, fixed_affine, zero, fixed_net.affine, moving_net.affine, offset)
+    np.testing.assert_allclose(displacement, 0, atol=1e-3)
+    if name == "all at once":  # whose volumes lie far apart
+        assert "warning: mr: covers 0 % of the network grid" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_a_field_is_interpolated_as_scipy_does(name, rng):
+    shape, affine = GEOMETRIES[name][0]
+    other = GEOMETRIES["oblique" if name == "plain" else name][0][1]  # "plain" takes the way for oblique grids
+    field = rng.random((6, 7, 8, 2)).astype(np.float32)
+    to_field = np.linalg.inv(helpers.network_grid(other, shape, (6, 7, 8), 3.0)) @ affine
+    theirs = [
+        ndimage.affine_transform(field[..., k], to_field, output_shape=shape, order=1, mode="nearest") for k in (0, 1)
+    ]
+    np.testing.assert_allclose(helpers.interpolate(field, to_field, shape), np.stack(theirs, -1), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
 def test_a_zero_field_puts_the_centres_together_in_mm(name):
     shapes = (10, 11, 12), (15, 12, 16)
     grids = [helpers.network_grid(a, s, n, 2.0) for (s, a), n in zip(GEOMETRIES[name], shapes, strict=True)]
@@ -245,6 +273,34 @@ def test_a_3d_file_is_one_label_and_a_label_off_the_grid_is_named(tmp_path, rng,
     small = helpers.PreparedPairs([pair], "centre", (8, 8, 8), (8, 8, 8), 3.0)
     assert "moving_labels.nii.gz: label 0 lies outside" in capsys.readouterr().out
     assert helpers.whole_pair(small, 0)["mask"].tolist() == [[0]]
+
+
+def test_a_map_of_integers_is_one_label_for_each(tmp_path):
+    affine, stored = np.diag([2.0, 2, 2, 1]), np.zeros((6, 6, 6), np.int16)
+    stored[1:3, 1:3, 1:3], stored[3:5, 3:5, 3:5] = 1, 2
+    image = helpers.Volume(stored.astype(np.float32), affine)
+    path = tmp_path / "labels.nii.gz"
+    helpers.write_nifti(path, stored, affine)
+    labels, is_map = helpers.read_labels(path, "image", image)
+    assert is_map and labels.shape == (6, 6, 6, 2)
+    for k in (0, 1):
+        np.testing.assert_array_equal(labels[..., k], stored == k + 1)
+    for wrong in (stored * 2, stored * 0.75, stored - 1):  # 2 and 4, of which 1 and 3 are missing; fractions; below 0
+        helpers.write_nifti(path, wrong.astype(np.float32), affine)
+        with pytest.raises(
+            InputError, match="expected 0 to 1, or a map of the integers" if wrong.max() > 1 else "expected 0 to 1"
+        ):
+            helpers.read_labels(path, "image", image)
+
+
+def test_an_image_that_hardly_covers_the_network_grid_is_named(rng, capsys):
+    affine = np.diag([2.0, 2, 2, 1])
+    whole, slab = (helpers.Volume(smooth_volume(rng, (30, 30, n)), affine) for n in (30, 6))
+    pair, grid = helpers.Pair("a", "a", "mr", "us"), ("centre", (20, 20, 20), (20, 20, 20), 2.0)
+    helpers.pair_to_network(pair, whole, whole, *grid)
+    assert not capsys.readouterr().out
+    helpers.pair_to_network(pair, whole, slab, *grid)
+    assert capsys.readouterr().out.startswith("warning: us: covers 30 % of the network grid")
 
 
 def test_nothing_half_written_replaces_a_file(tmp_path):

@@ -15,7 +15,9 @@ from rubbish import TINY, put
 from test_points import check_points_of_a_pair
 
 import config
+import helpers
 import inference
+import results
 import train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,7 +100,7 @@ def test_one_new_pair_needs_no_labels_and_itk_reads_what_is_written(trained, exa
     folder = tmp_path / "output" / "mr_to_us"
     assert {path.name for path in folder.iterdir()} == {
         *("warped_image.nii.gz", "displacement.nii.gz", "displacement_inverse.nii.gz", "overview.png"),
-        *("metrics.csv", "summary.txt"),  # its own: those of a whole test run stay as they are
+        *("metrics.csv", "summary.txt", "report.html"),  # its own: those of a whole test run stay as they are
     }
     warped = sitk.ReadImage(str(folder / "warped_image.nii.gz"), sitk.sitkFloat32)
     field = sitk.ReadImage(str(folder / "displacement.nii.gz"), sitk.sitkVectorFloat64)
@@ -136,6 +138,68 @@ def test_the_header_given_results_do_not_depend_on_storage_order(trained, exampl
         warped = nib.load(next(output.glob("*/warped_image.nii.gz")))
         results.append(nib.as_closest_canonical(warped).get_fdata())
     np.testing.assert_allclose(results[0], results[1], atol=1e-3 * np.ptp(results[0]))
+
+
+def test_maps_of_integer_labels_come_back_as_maps(trained, example, tmp_path, call):
+    shutil.copytree(example / "test", tmp_path / "test")
+    for path in (tmp_path / "test").glob("*_labels/*"):
+        labels, affine = helpers.read_nifti(path)
+        names = 1 + np.argmax(labels[..., ::-1] > 0.5, axis=-1)  # the gland, unless a landmark lies there
+        stored = np.where(labels.max(axis=-1) > 0.5, labels.shape[-1] + 1 - names, 0)
+        helpers.write_nifti(path, stored.astype(np.int16), affine)
+    words = [f"--model_dir={trained}", f"--output_dir={tmp_path / 'output'}", f"--test_dir={tmp_path / 'test'}"]
+    status, out, err = call(inference, *words)
+    assert status == 0, err
+    moving = tmp_path / "test" / "moving_labels" / "test00.nii.gz"
+    rows = results.read(tmp_path / "output" / "metrics.csv")
+    assert len([row for row in rows if row["case"] == "test00"]) == helpers.read_nifti(moving)[0].max()
+    folder = tmp_path / "output" / "test00"
+    warped = sitk.ReadImage(str(folder / "warped_labels.nii.gz"))
+    field = sitk.DisplacementFieldTransform(sitk.ReadImage(str(folder / "displacement.nii.gz"), sitk.sitkVectorFloat64))
+    theirs = sitk.Resample(sitk.ReadImage(str(moving)), warped, field, sitk.sitkNearestNeighbor)
+    ours, theirs = sitk.GetArrayFromImage(warped), sitk.GetArrayFromImage(theirs)
+    assert ours.max() > 1 and np.mean(ours != theirs) < 1e-3  # ties
+
+
+def test_headers_that_share_a_frame_are_the_start_on_request(trained, example, tmp_path, call):
+    """A pair whose headers lay 40 mm of the moving image beyond the fixed one starts there, not at the centres."""
+    paths = {side: example / "test" / f"{side}_images" / "test00.nii.gz" for side in ("moving", "fixed")}
+    data, affine = helpers.read_nifti(paths["moving"])
+    centre, fixed_centre = (
+        nib.affines.apply_affine(a, (np.array(d.shape) - 1) / 2)
+        for d, a in (helpers.read_nifti(paths[side]) for side in ("moving", "fixed"))
+    )
+    affine[:3, 3] += fixed_centre - centre + [40, 0, 0]
+    helpers.write_nifti(tmp_path / "mr.nii.gz", data, affine)
+    means = {}
+    for start in ("centre", "header"):
+        words = [f"--model_dir={trained}", f"--output_dir={tmp_path / start}", f"--start={start}"]
+        status, out, err = call(inference, *words, f"--moving={tmp_path / 'mr.nii.gz'}", f"--fixed={paths['fixed']}")
+        assert status == 0, err
+        means[start] = helpers.read_displacement(next((tmp_path / start).glob("*/displacement.nii.gz")))[0].mean(
+            (0, 1, 2)
+        )
+    assert means["centre"][0] > 30 and means["header"][0] < 20  # less what the network, hardly trained, adds
+
+
+def test_a_large_pair_takes_little_memory(trained, example, tmp_path):
+    """400 x 400 x 80 voxels of 0.4 x 0.4 x 1 mm, in a process of its own, which tells its peak memory."""
+    shape, spacing, words = (400, 400, 80), (0.4, 0.4, 1.0), [f"--model_dir={trained}"]
+    for side in ("moving", "fixed"):
+        data, affine = helpers.read_nifti(example / "test" / f"{side}_images" / "test00.nii.gz")
+        large = np.diag([*spacing, 1.0])
+        large[:3, 3] = (
+            nib.affines.apply_affine(affine, (np.array(data.shape) - 1) / 2) - np.diag(spacing) @ np.array(shape) / 2
+        )
+        path = tmp_path / f"{side}.nii.gz"
+        helpers.write_nifti(path, helpers.resample_to_grid(data, affine, large, shape).astype(np.int16), large)
+        words.append(f"--{side}={path}")
+    code = "import resource, config, inference; config.run(inference.main); "
+    code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    words = [sys.executable, "-c", code, *words, f"--output_dir={tmp_path / 'output'}"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert nib.load(tmp_path / "output" / "moving_to_fixed" / "warped_image.nii.gz").shape == shape
+    assert int(done.stdout.split()[-1]) * 1024 < 4e9
 
 
 # -- Bad input: what rubbish.py cannot show -------------------------------------------------------------------------
