@@ -2,8 +2,9 @@
 
     python media/make_figures.py
 
-after `python train.py` and `python inference.py`. Writes beside this file: overview.png and history.png (copies of what
-those two wrote), similarity.png, scales.png, distance.png, levels.png, weight.png.
+after `python train.py` and `python inference.py`. Writes beside this file: overview.png, history.png,
+example_summary.txt and example_history.csv (copies of what those two wrote), similarity.png, scales.png, distance.png,
+levels.png, weight.png.
 """
 
 import shutil
@@ -241,6 +242,7 @@ def weight(config):
         count, spacing = warped.shape[-1], np.diag([config.voxel_size] * 3 + [1])
         tre = [target_registration_error(warped[..., k], fixed.labels[..., k], spacing) for k in range(1, count)]
         measures = f"Dice {overlap:.2f}, TRE {np.mean(tre):.1f} mm, {100 * folded.mean():.1f} % folded (red)"
+        axis.set(xlim=(-0.5, config.fixed_shape[0] - 0.5), ylim=(-0.5, config.fixed_shape[1] - 0.5))
         axis.set_title(f"weight {size:g}: {name}\n{measures}", fontsize=11)
     save(figure, "weight.png")
 
@@ -251,6 +253,8 @@ def main():
     helpers.load_weights(network, Path("model") / settings.BEST_NAME)
     shutil.copy(Path("output") / CASE / "overview.png", MEDIA)
     shutil.copy(Path("model") / "history.png", MEDIA)
+    shutil.copy(Path("output") / "summary.txt", MEDIA / "example_summary.txt")
+    shutil.copy(Path("model") / "history.csv", MEDIA / "example_history.csv")
     similarity(config)
     scales(config)
     distance(config)

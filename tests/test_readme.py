@@ -14,6 +14,7 @@ from config import Config, parse
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 SOURCES = [path for folder in (".", "data") for path in sorted((ROOT / folder).glob("*.py"))]
+RESULTS = ["example_summary.txt", "example_history.csv", "mrus_summary.txt", "mrus_history.csv"]
 COMMANDS = [
     line.strip()
     for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
@@ -37,6 +38,33 @@ def test_links_and_pictures_exist():
     targets = re.findall(r"\]\(([^)#]+)\)", README)
     local = [target for target in targets if not target.startswith("http")]
     assert local and all((ROOT / target).exists() for target in local), local
+
+
+def test_anchors_exist():
+    titles = re.findall(r"^#+ (.*)$", README, re.MULTILINE)
+    anchors = {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles}
+    used = set(re.findall(r"\]\(#([^)]+)\)", README))
+    assert used and used <= anchors, used - anchors
+
+
+def test_code_excerpts_stand_in_the_source():
+    """All but the lines for SimpleITK, which test_scripts.py runs."""
+    excerpts = [e for e in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "SimpleITK" not in e]
+    assert len(excerpts) >= 3
+    for excerpt in excerpts:
+        assert any(excerpt in path.read_text() for path in SOURCES), excerpt
+
+
+def test_figures_of_the_results_tables_stand_in_files_that_commands_wrote():
+    written = " ".join((ROOT / "media" / name).read_text() for name in RESULTS)
+    numbers = set(re.findall(r"[\d.]+", written))
+    rows = [
+        line for line in README.splitlines() if re.match(r"\| (gland|landmark|RMS|the first one|public clin)", line)
+    ]
+    assert len(rows) >= 5
+    for row in rows:
+        figures = re.findall(r"(?<![\w.])\d+\.\d+(?!\w)", row)
+        assert figures and set(figures) <= numbers, (row, set(figures) - numbers)
 
 
 def test_functions_and_settings_that_the_readme_names_exist():

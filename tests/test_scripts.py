@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -90,7 +91,7 @@ def test_it_learns_and_does_not_fold(trained, example, tmp_path, call):
     assert all(float(row["folded_percent"]) == 0 for row in glands)
 
 
-def test_one_new_pair_needs_no_labels_and_itk_reads_what_is_written(trained, example, tmp_path, call):
+def test_one_new_pair_needs_no_labels_and_itk_reads_what_is_written(trained, example, tmp_path, call, monkeypatch):
     moving, fixed = (example / "test" / f"{side}_images" / "test00.nii.gz" for side in ("moving", "fixed"))
     shutil.copy(moving, tmp_path / "mr.nii.gz")
     nib.save(nib.load(fixed), tmp_path / "us.nii")  # not compressed
@@ -110,6 +111,14 @@ def test_one_new_pair_needs_no_labels_and_itk_reads_what_is_written(trained, exa
     value_range = np.ptp(sitk.GetArrayFromImage(original))
     assert np.mean(difference > 1e-3 * value_range) < 1e-3
     np.testing.assert_allclose(nib.load(folder / "warped_image.nii.gz").affine, nib.load(fixed).affine, atol=1e-4)
+
+    shutil.copy(fixed, tmp_path / "us.nii.gz")
+    shutil.copy(folder / "displacement.nii.gz", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    readme, names = (ROOT / "README.md").read_text(), {}
+    exec(re.search(r"```python\n(import SimpleITK.*?)```", readme, re.DOTALL)[1], names)
+    by_readme = sitk.GetArrayFromImage(sitk.Cast(names["warped"], sitk.sitkFloat32))
+    assert np.mean(np.abs(by_readme - sitk.GetArrayFromImage(warped)) > 1e-3 * value_range) < 1e-3
 
 
 def test_points_go_both_ways_as_the_written_fields_say(trained, example, tmp_path, call, rng):
