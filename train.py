@@ -15,9 +15,12 @@ import config as settings
 settings.import_tensorflow()  # before anything else does
 
 # isort: split
+import os
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -28,14 +31,24 @@ import helpers
 import pictures
 from losses import REGULARISERS, SIMILARITIES, mean_over_labels, multi_scale
 from networks import build_network
-from utils import label_metrics, moving_offset, random_affine, random_gamma, reference_grid, resample, transform_points
+from utils import (
+    change_gamma,
+    label_metrics,
+    moving_offset,
+    random_affine,
+    random_gamma,
+    reference_grid,
+    resample,
+    transform_points,
+)
 
 
 def main():
     config = settings.parse_for_training()
     settings.check_model_dir(config)
+    strategy, is_chief = choose_strategy(config)
     keras.utils.set_random_seed(config.seed)
-    model_dir = helpers.make_folder(config.model_dir)
+    model_dir = helpers.make_folder(config.model_dir if is_chief else tempfile.mkdtemp())  # only the chief's is kept
 
     # -- Data: pairs of images, each pair with as many labels as it happens to have --------------------------------
     if config.train_dir == str(settings.EXAMPLE_DIR / "train") and not settings.EXAMPLE_DIR.exists():
@@ -61,24 +74,24 @@ def main():
     dataset = tf.data.Dataset.from_generator(batches, output_signature=signature).prefetch(4)
 
     # -- Network: it never sees a label ----------------------------------------------------------------------------
-    network = build_network(**settings.network_settings(config))
     warm_up, peak = config.steps // 10, config.learning_rate
     schedule = keras.optimizers.schedules.CosineDecay(
         peak / 20, config.steps - warm_up, warmup_target=peak, warmup_steps=warm_up
     )
-    optimizer = keras.optimizers.Adam(schedule, global_clipnorm=1.0)
-
-    train_step, valid_step = make_steps(config, network, optimizer)
+    with strategy.scope():
+        network = build_network(**settings.network_settings(config))
+        optimizer = keras.optimizers.Adam(schedule)
+        optimizer.build(network.trainable_variables)
+        train_step, valid_step = make_steps(config, network, optimizer)
 
     # -- Optimise: sample, step, report, validate, save ------------------------------------------------------------
     with helpers.written_aside(model_dir / settings.CONFIG_NAME) as aside:
         aside.write_text(settings.as_json(config))
     done = {"step": 0, "minutes": 0.0, "best_loss": float("inf"), "history": [], "recent": []}
     checkpoint = model_dir / settings.CHECKPOINT_NAME
-    optimizer.build(network.trainable_variables)
     variables = [*network.variables, *optimizer.variables]
-    if checkpoint.exists():  # --resume, or check_model_dir would have refused
-        done = helpers.load_checkpoint(checkpoint, variables)
+    if config.resume and (found := Path(config.model_dir) / settings.CHECKPOINT_NAME).exists():
+        done = helpers.load_checkpoint(found, variables)
     saved, start = done["step"], time.time() - 60 * done["minutes"]
 
     def validate_and_save():
@@ -104,7 +117,13 @@ def main():
     with helpers.signals_noted() as signals:
         for batch in progress:
             step = done["step"] + 1
-            result = {name: float(value) for name, value in train_step(tf.constant(step), **batch).items()}
+            try:
+                result = {name: float(value) for name, value in train_step(tf.constant(step), **batch).items()}
+            except (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError) as error:
+                raise settings.InputError(
+                    f"step {step}: another worker is gone ({error.message.splitlines()[0][:100]}); start all again "
+                    f"with --resume, as many as you like; {config.model_dir} is of step {saved}"
+                ) from None
             if not np.isfinite(result["loss"]):
                 cases = ", ".join(f"{pairs[moving].case} to {pairs[fixed].case}" for moving, fixed, _ in draw(step - 1))
                 last = f"{checkpoint} is of step {saved}" if saved else "no checkpoint yet"
@@ -129,7 +148,11 @@ def main():
 
 
 def make_steps(config, network, optimizer):
-    """The training step (augment, predict, warp the labels, compare, descend) and the validation step."""
+    """The training step (augment, predict, warp the labels, compare, descend) and the validation step.
+
+    On several devices each replica takes its share of the batch, and the gradients' mean is what all of them apply.
+    """
+    strategy = tf.distribute.get_strategy()
     fixed_grid, moving_grid = reference_grid(config.fixed_shape), reference_grid(config.moving_shape)
     offset = moving_offset(config.moving_shape, config.fixed_shape)
     on_gpu = bool(tf.config.list_physical_devices("GPU"))
@@ -169,23 +192,42 @@ def make_steps(config, network, optimizer):
             "tre": mean_over_labels(distance, mask) * config.voxel_size,
         }
 
-    @tf.function(jit_compile=on_gpu)
-    def train_step(step, moving_image, fixed_image, moving_labels, fixed_labels, mask):
+    def draw_augmentation(step):
+        """For the whole batch, so that its meaning does not depend on the number of replicas."""
         seeds = tf.stack([[config.seed, step * 5 + k] for k in range(5)])
-        side = tf.where(tf.random.stateless_uniform([config.batch_size], seeds[0]) < 0.5, -1.0, 1.0)
-        size, mirroring = config.affine_augmentation, (side, config.mirror_axis)
-        moving_affine = random_affine(seeds[1], config.batch_size, config.moving_shape, size, *mirroring)
-        fixed_affine = random_affine(seeds[2], config.batch_size, config.fixed_shape, size, *mirroring)
+        size, number = config.affine_augmentation, config.batch_size
+        side = tf.where(tf.random.stateless_uniform([number], seeds[0]) < 0.5, -1.0, 1.0)
+        return {
+            "moving_affine": random_affine(seeds[1], number, config.moving_shape, size, side, config.mirror_axis),
+            "fixed_affine": random_affine(seeds[2], number, config.fixed_shape, size, side, config.mirror_axis),
+            "moving_gamma": random_gamma(seeds[3], number, config.intensity_augmentation),
+            "fixed_gamma": random_gamma(seeds[4], number, config.intensity_augmentation),
+        }
+
+    def replica_step(moving_image, fixed_image, moving_labels, fixed_labels, mask, **drawn):
         moving = [moving_image, moving_labels[..., :1]]  # the gland's own copy, for the network that looks for it
-        moving, fixed = augment(moving, [fixed_image, fixed_labels], moving_affine, fixed_affine)
-        moving_image = random_gamma(moving[..., :1], seeds[3], config.intensity_augmentation)
-        fixed_image = random_gamma(fixed[..., :1], seeds[4], config.intensity_augmentation)
+        moving, fixed = augment(moving, [fixed_image, fixed_labels], drawn["moving_affine"], drawn["fixed_affine"])
+        moving_image = change_gamma(moving[..., :1], drawn["moving_gamma"])
+        fixed_image = change_gamma(fixed[..., :1], drawn["fixed_gamma"])
         with tf.GradientTape() as tape:
             outputs = network([moving_image, fixed_image], training=True)
-            result = compare(outputs, moving_labels, fixed[..., 1:], mask, moving_affine, moving[..., 1:])
+            result = compare(outputs, moving_labels, fixed[..., 1:], mask, drawn["moving_affine"], moving[..., 1:])
         gradients = tape.gradient(result["loss"], network.trainable_variables)
-        optimizer.apply_gradients(zip(gradients, network.trainable_variables, strict=True))
+        gradients, result = tf.distribute.get_replica_context().all_reduce("MEAN", (gradients, result))
+        gradients, _ = tf.clip_by_global_norm(gradients, 1.0)
+        shares = [gradient / strategy.num_replicas_in_sync for gradient in gradients]  # Keras sums them up again
+        optimizer.apply_gradients(zip(shares, network.trainable_variables, strict=True))
         return result
+
+    @tf.function(jit_compile=on_gpu and strategy.num_replicas_in_sync == 1)
+    def train_step(step, **batch):
+        def share():
+            rows = [strategy.num_replicas_in_sync, config.batch_size // strategy.num_replicas_in_sync]
+            number = tf.distribute.get_replica_context().replica_id_in_sync_group
+            whole = {**batch, **draw_augmentation(step)}
+            return replica_step(**{k: tf.reshape(v, [*rows, *v.shape[1:]])[number] for k, v in whole.items()})
+
+        return tf.nest.map_structure(lambda v: strategy.experimental_local_results(v)[0], strategy.run(share))
 
     @tf.function
     def valid_step(moving_image, fixed_image, moving_labels, fixed_labels, mask):
@@ -193,6 +235,26 @@ def make_steps(config, network, optimizer):
         return compare(outputs, moving_labels, fixed_labels, mask, tf.eye(3, 4)[None], moving_labels[..., :1])
 
     return train_step, valid_step
+
+
+def choose_strategy(config):
+    """One device, all GPUs of this machine, or the machines that TF_CONFIG names; and if this process writes the files.
+
+    README, "Several devices or machines".
+    """
+    strategy, is_chief = tf.distribute.get_strategy(), True
+    if "TF_CONFIG" in os.environ:
+        try:
+            strategy = tf.distribute.MultiWorkerMirroredStrategy()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise settings.InputError(f"TF_CONFIG: {error}; expected JSON with cluster and task") from None
+        is_chief = strategy.cluster_resolver.task_id in (0, None)
+    elif len(tf.config.list_physical_devices("GPU")) > 1:
+        strategy = tf.distribute.MirroredStrategy()
+    if config.batch_size % strategy.num_replicas_in_sync:
+        expected = f"a multiple of the {strategy.num_replicas_in_sync} devices"
+        raise settings.InputError(f"--batch_size: found {config.batch_size}, expected {expected}")
+    return strategy, is_chief
 
 
 def mean_of(results):

@@ -149,10 +149,14 @@ def random_affine(seed, batch_size, shape, amount, mirror, mirror_axis):
     return tf.concat([matrix, shift[..., None]], axis=-1)
 
 
-def random_gamma(image, seed, amount):
-    """Image (B, ...) in 0..1 to a random power of its own, with the logarithm up to +-amount."""
-    power = tf.exp(tf.random.stateless_uniform([tf.shape(image)[0], 1, 1, 1, 1], seed, -amount, amount))
-    return tf.clip_by_value(image, 1e-4, 1) ** power
+def random_gamma(seed, batch_size, amount):
+    """Random powers for `change_gamma`: (B, 1, 1, 1, 1), with logarithms up to +-amount."""
+    return tf.exp(tf.random.stateless_uniform([batch_size, 1, 1, 1, 1], seed, -amount, amount))
+
+
+def change_gamma(image, gamma):
+    """Image (B, ...) in 0..1 to a power: darker greys for gamma > 1, brighter for gamma < 1."""
+    return tf.clip_by_value(image, 1e-4, 1) ** gamma
 
 
 # -- Metrics in a training step ------------------------------------------------------------------------------------

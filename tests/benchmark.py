@@ -416,7 +416,7 @@ def grow_point(cores, cases=4, labels=4, **changes):
                 nib.Nifti1Image(label, affine).to_filename(Path(folder, f"{side}_labels", f"{case}.nii"))
         prepared = helpers.PreparedPairs(helpers.find_pairs(folder), *settings.grid_settings(config))
     network = build_network(**settings.network_settings(config))
-    step, _ = train.make_steps(config, network, keras.optimizers.Adam(config.learning_rate, global_clipnorm=1.0))
+    step, _ = train.make_steps(config, network, keras.optimizers.Adam(config.learning_rate))
     times = []
     for number in range(10):
         start = time.perf_counter()

@@ -1,0 +1,102 @@
+"""Several workers, as processes of this machine: they train as one does, one of them writes, and a death is noticed."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rubbish
+from test_resume import results
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = [*rubbish.TINY, "--network=local", "--batch_size=2", "--valid_every=3"]  # quick to trace
+
+
+def free_ports(number):
+    sockets = [socket.socket() for _ in range(number)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def start_workers(number, words):
+    """Processes of train.py under TF_CONFIG."""
+    cluster = {"worker": [f"127.0.0.1:{port}" for port in free_ports(number)]}
+    processes = []
+    for index in range(number):
+        environment = {
+            **os.environ,
+            "TF_CONFIG": json.dumps({"cluster": cluster, "task": {"type": "worker", "index": index}}),
+        }
+        command = [sys.executable, "train.py", *TINY, *words[index]]
+        processes.append(
+            subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        )
+    return processes
+
+
+@pytest.fixture(scope="module")
+def folders(example):
+    return [f"--{name}_dir={example / name}" for name in ("train", "valid", "test")]
+
+
+def test_two_workers_train_as_one_process_and_only_the_chief_writes(folders, tmp_path):
+    one = [*TINY, *folders, "--steps=6", f"--model_dir={tmp_path / 'one'}"]
+    alone = subprocess.Popen([sys.executable, "train.py", *one], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert not alone.wait(timeout=300), alone.stderr.read()
+    words = [[*folders, "--steps=6", f"--model_dir={tmp_path / name}"] for name in ("chief", "other")]
+    for process in start_workers(2, words):
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err[-2000:]
+    assert not (tmp_path / "other").exists()
+    ours, theirs = results(tmp_path / "chief"), results(tmp_path / "one")
+    for row, expected in zip(ours[0], theirs[0], strict=True):
+        np.testing.assert_allclose(
+            [float(v) for v in row.values()], [float(v) for v in expected.values()], rtol=2e-3, atol=2e-5
+        )
+    for name, array in theirs[2].items():
+        np.testing.assert_allclose(ours[2][name], array, atol=2e-4, err_msg=name)
+
+
+def test_a_worker_that_dies_ends_the_run_and_resume_continues_with_another_number(folders, tmp_path):
+    words = [*folders, "--steps=100000", f"--model_dir={tmp_path / 'model'}", "--resume"]
+    chief, other = start_workers(2, [words, words])
+    deadline = time.time() + 240
+    while not (tmp_path / "model" / "checkpoint.npz").exists():
+        assert time.time() < deadline and chief.poll() is None, chief.stderr.read()[-2000:]
+        time.sleep(0.5)
+    other.send_signal(signal.SIGKILL)
+    _, err = chief.communicate(timeout=120)
+    assert chief.returncode == 2 and "another worker is gone" in err and "--resume" in err, err[-2000:]
+    assert err.strip().splitlines()[-1].startswith("error: step ")
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *TINY, *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    step = np.load(tmp_path / "model" / "checkpoint.npz")["progress"]
+    first = json.loads(str(step))["step"]
+    while True:
+        line = process.stdout.readline()
+        assert line, process.stderr.read()[-2000:]
+        if line.startswith("step ") and int(line.split()[1].rstrip(",")) > first:
+            break
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM and "stopped after step" in out, err[-2000:]
+
+
+def test_what_cannot_be_shared_out_is_named(folders, tmp_path, monkeypatch):
+    words = [*folders, "--steps=6", f"--model_dir={tmp_path / 'model'}", "--batch_size=3"]
+    for process in start_workers(2, [words, words]):
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 2 and err.strip().splitlines()[-1].startswith("error: --batch_size: found 3"), err
