@@ -72,6 +72,7 @@ class Config:
     points: str = ""  # with such a pair: .fcsv, .mrk.json or .csv file of points in mm to carry to the other image
     points_on: Literal["moving", "fixed"] = "moving"  # the image that they lie on
     points_frame: Literal["file", "RAS", "LPS"] = "file"  # their coordinates; a .csv file does not say which
+    views: int = 8  # turned, scaled and mirrored copies of a pair whose DDFs are averaged; 1 = the pair as it is
     weights: Literal["best", "last"] = "best"  # by validation loss, or of the last step
     output_dir: str = "output"  # warped volumes, displacement fields, pictures and metrics; made if missing
 
@@ -80,7 +81,7 @@ class Config:
             if not good:
                 raise InputError(f"--{name}: found {getattr(self, name)!r}, expected {expected}")
 
-        for name, most in {"steps": 10**7, "batch_size": 1024, "valid_every": 10**7}.items():
+        for name, most in {"steps": 10**7, "batch_size": 1024, "valid_every": 10**7, "views": 1024}.items():
             check(name, 1 <= getattr(self, name) <= most, f"1 to {most}")
         for name in ("fixed_shape", "moving_shape"):
             check(name, all(8 <= n <= 512 for n in getattr(self, name)), "three sizes from 8 to 512 voxels")

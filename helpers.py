@@ -8,6 +8,7 @@ import csv
 import json
 import logging
 import os
+import shutil
 import signal
 import tempfile
 import warnings
@@ -328,13 +329,14 @@ class PreparedPairs:
             for path, side in ((pair.moving_labels, moving), (pair.fixed_labels, fixed)):
                 for k in np.flatnonzero(side.labels.max(axis=(0, 1, 2)) < 1 / 255):
                     tqdm.write(f"warning: {path}: label {k} lies outside the network grid and teaches nothing")
-            np.savez(
-                self._file(number),
-                moving_image=moving.image.astype(np.float16),
-                fixed_image=fixed.image.astype(np.float16),
-                moving_labels=np.round(moving.labels * 255).astype(np.uint8),
-                fixed_labels=np.round(fixed.labels * 255).astype(np.uint8),
-            )
+            arrays = {
+                "moving_image": moving.image.astype(np.float16),
+                "fixed_image": fixed.image.astype(np.float16),
+                "moving_labels": np.round(moving.labels * 255).astype(np.uint8),
+                "fixed_labels": np.round(fixed.labels * 255).astype(np.uint8),
+            }
+            with written_aside(self._file(number)) as aside:
+                np.savez(aside, **arrays)
         if problems:
             raise InputError("\n".join(problems))
 
@@ -517,6 +519,9 @@ def write_csv(path, rows):
 
 
 def save_weights(network, path):
+    needed, free = 8 * network.count_params(), shutil.disk_usage(path.parent).free
+    if free < needed:  # HDF5 takes the whole process with it when a disk is full
+        raise InputError(f"{path}: found {free} bytes free, expected {needed}; make room on that disk")
     with written_aside(path) as aside:
         network.save_weights(aside)
 

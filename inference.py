@@ -34,7 +34,11 @@ from utils import (
     jacobian_determinant,
     map_points,
     moving_offset,
+    random_affine,
+    reference_grid,
+    resample,
     target_registration_error,
+    transform_points,
 )
 
 
@@ -56,7 +60,7 @@ def main():
     network = build_network(**settings.network_settings(config))
     weights = settings.BEST_NAME if config.weights == "best" else settings.LAST_NAME
     helpers.load_weights(network, Path(config.model_dir) / weights)
-    predict = tf.function(network)
+    predict = make_predict(config, network)
     offset = moving_offset(config.moving_shape, config.fixed_shape)
 
     rows, cases = [], []
@@ -67,7 +71,7 @@ def main():
         grids = network_fixed.affine, network_moving.affine, offset
 
         # -- Predict: images in, DDF out, both on the network grid -------------------------------------------------
-        ddf = predict([network_moving.image[None], network_fixed.image[None]])["ddf"][0].numpy()
+        ddf = predict(network_moving.image[None], network_fixed.image[None]).numpy()
 
         # -- Warp: the original volumes, each resampled once, onto the fixed image's own grid ----------------------
         fields = {"before": np.zeros_like(ddf), "after": ddf}
@@ -144,6 +148,32 @@ def carry_points(file, folder, points_on, ddf, fixed_grid, moving_grid, offset):
     for name in np.array(file.names)[~seen]:
         print(f"warning: point {name} lies outside the field of view of the network and is left out")
     print(f"{path}: {seen.sum()} points, error of the inversion at most {residual[seen].max(initial=0):.4f} mm")
+
+
+def make_predict(config, network):
+    """Images (1, ..., 1) of a pair -> ddf (X, Y, Z, 3), the mean over `views` of it.
+
+    A view is the pair as training might have shown it, both volumes under one affine A about their centres. What the
+    network says there of the point A^-1 i is, turned by A, the displacement of i. Mistakes differ between views.
+    """
+    moving_grid, fixed_grid = reference_grid(config.moving_shape)[None], reference_grid(config.fixed_shape)[None]
+    side = tf.constant([(-1.0) ** k for k in range(config.views)])
+    amount = config.affine_augmentation * (config.views > 1)
+    affine = random_affine([config.seed, 0], config.views, config.fixed_shape, amount, side, config.mirror_axis)
+    affine *= tf.constant([1.0, 1.0, 1.0, 0.0])  # no shift
+    inverse = tf.concat([tf.linalg.inv(affine[:, :, :3]), affine[:, :, 3:]], axis=-1)
+
+    @tf.function
+    def predict(moving, fixed):
+        moving, fixed = (tf.repeat(image, config.views, axis=0) for image in (moving, fixed))
+        moving = resample(moving, transform_points(moving_grid, affine, config.moving_shape))
+        fixed = resample(fixed, transform_points(fixed_grid, affine, config.fixed_shape))
+        back = transform_points(fixed_grid, inverse, config.fixed_shape)
+        back = tf.clip_by_value(back, 0, tf.constant(config.fixed_shape, tf.float32) - 1)  # the border value beyond
+        ddf = resample(network([moving, fixed])["ddf"], back)
+        return tf.reduce_mean(tf.einsum("bxyzk,blk->bxyzl", ddf, affine[:, :, :3]), axis=0)
+
+    return predict
 
 
 def measure_pair(case, labels, affine, ddf):

@@ -48,7 +48,8 @@ def main():
     settings.check_model_dir(config)
     strategy, is_chief = choose_strategy(config)
     keras.utils.set_random_seed(config.seed)
-    model_dir = helpers.make_folder(config.model_dir if is_chief else tempfile.mkdtemp())  # only the chief's is kept
+    unkept = tempfile.TemporaryDirectory()  # where workers other than the chief write
+    model_dir = helpers.make_folder(config.model_dir if is_chief else unkept.name)
 
     # -- Data: pairs of images, each pair with as many labels as it happens to have --------------------------------
     if config.train_dir == str(settings.EXAMPLE_DIR / "train") and not settings.EXAMPLE_DIR.exists():

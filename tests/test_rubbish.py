@@ -1,8 +1,14 @@
 """Rubbish in: exit status 2, one line that names it, no traceback, nothing written, no great memory."""
 
+import contextlib
 import gzip
+import os
 import resource
 import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -12,6 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import helpers
+import inference
+import train
 from config import InputError
 
 
@@ -33,6 +41,65 @@ def test_rubbish_ends_with_one_line(name, base, tmp_path):
     assert [line for line in lines if line.startswith("error: ")] == lines[-1:] and message in lines[-1], errors
     assert not list(tmp_path.glob("out/*"))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB
+
+
+@contextlib.contextmanager
+def as_an_ordinary_user():
+    """Root may read everything."""
+    "".encode("utf-8-sig")  # that user may not be able to load it
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+@pytest.mark.parametrize("name", ["moving_images", "fixed_labels/train00.nii.gz", "patients.csv"])
+def test_what_may_not_be_read_is_named(name, base):
+    with tempfile.TemporaryDirectory() as folder:  # which, unlike pytest's, others may look into
+        shutil.copytree(base / "example" / "train", Path(folder, "data"))
+        Path(folder, "data", "patients.csv").write_text("case,patient\ntrain00,a\n")
+        os.chmod(folder, 0o777)
+        Path(folder, "data", name).chmod(0)
+        words = [*rubbish.TINY, f"--train_dir={folder}/data", f"--model_dir={folder}/out"]
+        with as_an_ordinary_user():
+            status, errors = rubbish.run(train, words)
+        Path(folder, "data", name).chmod(0o755)
+    assert status == 2 and "ermission denied" in errors and f"{folder}/data/{name}" in errors.splitlines()[-1], errors
+
+
+@pytest.mark.parametrize(
+    "script, kilobytes, what",
+    [
+        (train, 20, "TMPDIR"),
+        (train, 300, "out"),
+        (train, 1700, "out"),
+        (inference, 100, "out"),
+        (inference, 4000, "out"),
+    ],
+)
+def test_a_full_disk_is_named_and_leaves_nothing_unfinished(script, kilobytes, what, base, tmp_path):
+    """A real file system of so many kilobytes, for the scratch files or for what is written."""
+    shutil.copytree(base, tmp_path, dirs_exist_ok=True)
+    disk = tmp_path / what
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("may not mount a small file system here")
+    try:
+        _, words, _ = rubbish.of_request(script, "", "")(tmp_path)
+        command, environment = [sys.executable, f"{script.__name__}.py", *words], dict(os.environ)
+        if what == "TMPDIR":
+            environment["TMPDIR"] = str(disk)
+        done = subprocess.run(command, cwd=rubbish.ROOT, env=environment, capture_output=True, text=True)
+        last = done.stderr.strip().splitlines()[-1]
+        assert done.returncode == 2 and last.startswith(f"error: {disk}/"), done.stderr
+        assert ("No space left" in last or "bytes free" in last) and "Traceback" not in done.stderr, done.stderr
+        assert not list(disk.rglob(".unfinished*"))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_the_corpus_is_not_small():

@@ -12,6 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import tensorflow as tf
 from rubbish import TINY, put
 from test_points import check_points_of_a_pair
 
@@ -20,6 +21,8 @@ import helpers
 import inference
 import results
 import train
+from networks import centre_of_mass
+from utils import moving_offset
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -147,6 +150,38 @@ def test_the_header_given_results_do_not_depend_on_storage_order(trained, exampl
         warped = nib.load(next(output.glob("*/warped_image.nii.gz")))
         results.append(nib.as_closest_canonical(warped).get_fdata())
     np.testing.assert_allclose(results[0], results[1], atol=1e-3 * np.ptp(results[0]))
+
+
+def test_views_are_turned_back(rng):
+    """A network that reads the way from blob to blob off the images answers the same in every view of them."""
+    moving_shape, fixed_shape = (36, 36, 32), (24, 32, 22)
+    settings = {"views": 6, "affine_augmentation": 0.2, "mirror_axis": 1}
+    settings = config.Config(moving_shape=moving_shape, fixed_shape=fixed_shape, **settings)
+    offset = moving_offset(moving_shape, fixed_shape)
+
+    def blob(shape, centre):
+        distance = np.linalg.norm(np.moveaxis(np.indices(shape), 0, -1) - centre, axis=-1)
+        return np.exp(-0.5 * (distance / 2) ** 2)[None, ..., None].astype(np.float32)
+
+    def network(images):
+        way = centre_of_mass(images[0]) - centre_of_mass(images[1]) - offset
+        return {"ddf": tf.zeros([settings.views, *fixed_shape, 3]) + way[:, None, None, None]}
+
+    ddf = inference.make_predict(settings, network)(blob(moving_shape, (20, 14, 17)), blob(fixed_shape, (10, 17, 12)))
+    np.testing.assert_allclose(ddf, np.broadcast_to((20, 14, 17) - offset - (10, 17, 12), ddf.shape), atol=0.1)
+
+
+def test_one_view_is_the_pair_as_it_is(rng):
+    settings = config.Config(views=1, moving_shape=(10, 11, 12), fixed_shape=(8, 9, 10), mirror_axis=-1)
+    images = [rng.random((1, *shape, 1)).astype(np.float32) for shape in (settings.moving_shape, settings.fixed_shape)]
+    answer = rng.random((1, 8, 9, 10, 3)).astype(np.float32)
+
+    def network(seen):
+        for ours, given in zip(seen, images, strict=True):
+            tf.debugging.assert_near(ours, given)
+        return {"ddf": tf.constant(answer)}
+
+    np.testing.assert_allclose(inference.make_predict(settings, network)(*images), answer[0], atol=1e-5)
 
 
 def test_maps_of_integer_labels_come_back_as_maps(trained, example, tmp_path, call):
