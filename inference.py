@@ -7,7 +7,7 @@
 
 Writes to --output_dir, per case and on the fixed image's own grid: warped_image.nii.gz, warped_labels.nii.gz,
 displacement.nii.gz (ITK convention, opens in 3D Slicer), overview.png; on the moving one's displacement_inverse.nii.gz;
-and metrics.csv, summary.txt and boxplot.png for all cases (for one new pair, in its own folder).
+and metrics.csv, summary.txt, boxplot.png and report.html for all cases (for one new pair, in its own folder).
 """
 
 import config as settings
@@ -71,7 +71,7 @@ def main():
         grids = network_fixed.affine, network_moving.affine, offset
 
         # -- Predict: images in, DDF out, both on the network grid -------------------------------------------------
-        ddf = predict(network_moving.image[None], network_fixed.image[None]).numpy()
+        ddf = predict(network_moving.image[None], network_fixed.image[None])
 
         # -- Warp: the original volumes, each resampled once, onto the fixed image's own grid ----------------------
         fields = {"before": np.zeros_like(ddf), "after": ddf}
@@ -142,36 +142,39 @@ def carry_points(file, folder, points_on, ddf, fixed_grid, moving_grid, offset):
         on_moving = map_points(on_fixed, ddf, offset)
         result, other = nib.affines.apply_affine(moving_grid, on_moving), "moving"
     residual = np.linalg.norm((map_points(on_fixed, ddf, offset) - on_moving) @ moving_grid[:3, :3].T, axis=-1)
-    seen = ((on_fixed >= -0.5) & (on_fixed <= np.array(ddf.shape[:3]) - 0.5)).all(axis=-1) & (residual < 0.1)
+    seen = helpers.in_view(on_fixed, ddf.shape[:3]) & (residual < 0.1)
     path = folder / f"{file.stem}_on_{other}{file.suffix}"
     write_points(path, file, result, seen)
     for name in np.array(file.names)[~seen]:
-        print(f"warning: point {name} lies outside the field of view of the network and is left out")
+        print(f"warning: point {name} lies outside the field of view, or where the field folds, and is left out")
     print(f"{path}: {seen.sum()} points, error of the inversion at most {residual[seen].max(initial=0):.4f} mm")
 
 
 def make_predict(config, network):
-    """Images (1, ..., 1) of a pair -> ddf (X, Y, Z, 3), the mean over `views` of it.
+    """A function from the images (1, ..., 1) of a pair to its ddf (X, Y, Z, 3), the mean over `views` of the pair.
 
     A view is the pair as training might have shown it, both volumes under one affine A about their centres. What the
     network says there of the point A^-1 i is, turned by A, the displacement of i. Mistakes differ between views.
     """
     moving_grid, fixed_grid = reference_grid(config.moving_shape)[None], reference_grid(config.fixed_shape)[None]
     side = tf.constant([(-1.0) ** k for k in range(config.views)])
-    amount = config.affine_augmentation * (config.views > 1)
-    affine = random_affine([config.seed, 0], config.views, config.fixed_shape, amount, side, config.mirror_axis)
-    affine *= tf.constant([1.0, 1.0, 1.0, 0.0])  # no shift
-    inverse = tf.concat([tf.linalg.inv(affine[:, :, :3]), affine[:, :, 3:]], axis=-1)
+    amount = config.affine_augmentation if config.views > 1 else 0.0
+    affines = random_affine([config.seed, 0], config.views, config.fixed_shape, amount, side, config.mirror_axis)
+    affines *= tf.constant([1.0, 1.0, 1.0, 0.0])  # no shift
+    inverses = tf.concat([tf.linalg.inv(affines[:, :, :3]), affines[:, :, 3:]], axis=-1)
 
     @tf.function
-    def predict(moving, fixed):
-        moving, fixed = (tf.repeat(image, config.views, axis=0) for image in (moving, fixed))
+    def predict_view(moving, fixed, affine, inverse):
         moving = resample(moving, transform_points(moving_grid, affine, config.moving_shape))
         fixed = resample(fixed, transform_points(fixed_grid, affine, config.fixed_shape))
         back = transform_points(fixed_grid, inverse, config.fixed_shape)
         back = tf.clip_by_value(back, 0, tf.constant(config.fixed_shape, tf.float32) - 1)  # the border value beyond
         ddf = resample(network([moving, fixed])["ddf"], back)
-        return tf.reduce_mean(tf.einsum("bxyzk,blk->bxyzl", ddf, affine[:, :, :3]), axis=0)
+        return tf.einsum("bxyzk,blk->bxyzl", ddf, affine[:, :, :3])[0]
+
+    def predict(moving, fixed):
+        views = zip(affines[:, None], inverses[:, None], strict=True)
+        return np.mean([predict_view(moving, fixed, *view) for view in views], axis=0)
 
     return predict
 

@@ -89,10 +89,12 @@ def main():
     with helpers.written_aside(model_dir / settings.CONFIG_NAME) as aside:
         aside.write_text(settings.as_json(config))
     done = {"step": 0, "minutes": 0.0, "best_loss": float("inf"), "history": [], "recent": []}
-    checkpoint = model_dir / settings.CHECKPOINT_NAME
+    checkpoint = Path(config.model_dir) / settings.CHECKPOINT_NAME
     variables = [*network.variables, *optimizer.variables]
-    if config.resume and (found := Path(config.model_dir) / settings.CHECKPOINT_NAME).exists():
-        done = helpers.load_checkpoint(found, variables)
+    if config.resume and checkpoint.exists():
+        done = helpers.load_checkpoint(checkpoint, variables)
+    elif config.resume:
+        print(f"{config.model_dir}: nothing to continue; this training begins")
     saved, start = done["step"], time.time() - 60 * done["minutes"]
 
     def validate_and_save():
@@ -113,6 +115,9 @@ def main():
             helpers.save_weights(network, model_dir / settings.BEST_NAME)
         tqdm.write(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
 
+    def kept():
+        return f"{checkpoint} is of step {saved}" if saved else "no checkpoint yet"
+
     events = tf.summary.create_file_writer(str(model_dir))
     progress = tqdm(dataset, "training", config.steps, initial=done["step"], unit="step", disable=None)
     with helpers.signals_noted() as signals:
@@ -123,14 +128,13 @@ def main():
             except (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError) as error:
                 raise settings.InputError(
                     f"step {step}: another worker is gone ({error.message.splitlines()[0][:100]}); start all again "
-                    f"with --resume, as many as you like; {config.model_dir} is of step {saved}"
+                    f"with --resume, as many as you like; {kept()}"
                 ) from None
             if not np.isfinite(result["loss"]):
                 cases = ", ".join(f"{pairs[moving].case} to {pairs[fixed].case}" for moving, fixed, _ in draw(step - 1))
-                last = f"{checkpoint} is of step {saved}" if saved else "no checkpoint yet"
                 raise settings.InputError(
                     f"step {step} ({cases}): found a loss of {result['loss']}, expected a number; look at these pairs "
-                    f"or try a smaller --learning_rate; {last}"
+                    f"or try a smaller --learning_rate; {kept()}"
                 )
             done |= {"step": step, "minutes": (time.time() - start) / 60, "recent": [*done["recent"], result]}
             progress.set_postfix({name: f"{value:.3f}" for name, value in result.items()}, refresh=False)
@@ -138,14 +142,14 @@ def main():
             if whole:
                 validate_and_save()
             if whole or signals:
-                helpers.save_checkpoint(checkpoint, variables, done)  # last, when all else is written
+                helpers.save_checkpoint(model_dir / checkpoint.name, variables, done)  # last, when all else is written
                 saved = step
             if signals:
                 print(f"stopped after step {step}; to continue, repeat the command with --resume")
                 sys.exit(128 + signals[0])
     events.close()
     what = "" if config.test_dir or config.folds else " --moving FILE --fixed FILE"
-    print(f"trained in {done['minutes']:.1f} minutes; next: python inference.py --model_dir {model_dir}{what}")
+    print(f"trained in {done['minutes']:.1f} minutes; next: python inference.py --model_dir {config.model_dir}{what}")
 
 
 def make_steps(config, network, optimizer):
@@ -249,7 +253,9 @@ def choose_strategy(config):
             strategy = tf.distribute.MultiWorkerMirroredStrategy()
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise settings.InputError(f"TF_CONFIG: {error}; expected JSON with cluster and task") from None
-        is_chief = strategy.cluster_resolver.task_id in (0, None)
+        resolver = strategy.cluster_resolver
+        chief = "chief" if "chief" in resolver.cluster_spec().jobs else "worker"
+        is_chief = (resolver.task_type, resolver.task_id) == (chief, 0)
     elif len(tf.config.list_physical_devices("GPU")) > 1:
         strategy = tf.distribute.MirroredStrategy()
     if config.batch_size % strategy.num_replicas_in_sync:

@@ -22,6 +22,7 @@ import csv
 import numpy as np
 
 import helpers
+import inference
 from networks import build_network
 from utils import dice_score, moving_offset, target_registration_error
 
@@ -31,6 +32,7 @@ def main():
     network = build_network(**settings.network_settings(config))
     weights = settings.BEST_NAME if config.weights == "best" else settings.LAST_NAME
     helpers.load_weights(network, Path(config.model_dir) / weights)
+    predict = inference.make_predict(config, network)
     cases = []
     for pair in helpers.find_pairs(config.test_dir):
         moving, fixed = helpers.read_pair(pair)
@@ -51,7 +53,7 @@ def main():
         for name, result in results.items():
             ddf = np.zeros((*config.fixed_shape, 3), np.float32)
             if name in inputs:
-                ddf = network([image[None].astype(np.float32) for image in inputs[name]])["ddf"][0].numpy()
+                ddf = predict(*(image[None].astype(np.float32) for image in inputs[name]))
             result.append(score(*originals, ddf, fixed.affine, moving.affine, offset))
     print(f"{len(cases)} test pairs            median gland Dice  median TRE, mm  mean true error in the gland, mm")
     medians = {}
