@@ -14,7 +14,7 @@ from config import Config, parse
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 SOURCES = [path for folder in (".", "data") for path in sorted((ROOT / folder).glob("*.py"))]
-RESULTS = ["example_summary.txt", "example_history.csv", "mrus_summary.txt", "mrus_history.csv"]
+RESULTS = ["example_summary.txt", "mrus_summary.txt", "mrus_centroids_summary.txt"]
 COMMANDS = [
     line.strip()
     for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
