@@ -76,8 +76,6 @@ def test_what_may_not_be_read_is_named(name, base):
     [
         (train, 20, "TMPDIR"),
         (train, 300, "out"),
-        (train, 1700, "out"),
-        (inference, 100, "out"),
         (inference, 4000, "out"),
     ],
 )

@@ -58,7 +58,7 @@ def test_every_option_trains_and_registers(options, example, tmp_path, call):
     assert status == 0, err
     cases = {"train00", "train01", "train02"} if "--folds" in options else {"test00", "test01"}
     found = {path.name for path in (tmp_path / "output").iterdir()}
-    assert found - cases == {"metrics.csv", "summary.txt", "boxplot.png"}
+    assert found - cases == {"metrics.csv", "summary.txt", "boxplot.png", "report.html"}
     assert len(found & cases) == (1 if "--folds" in options else 2)
 
 
