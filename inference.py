@@ -188,6 +188,15 @@ def measure_pair(case, labels, affine, ddf):
     return [first, *landmarks]
 
 
+def measure_ddf(case, moving, fixed, ddf, *grids):
+    """Rows of metrics.csv for any DDF (X, Y, Z, 3) between two Volumes with labels; grids as of displacement_on."""
+    labels = {"fixed": fixed.labels}
+    for when, field in (("before", np.zeros_like(ddf)), ("after", ddf)):
+        displacement = helpers.displacement_on(fixed.image.shape, fixed.affine, field, *grids)
+        labels[when] = helpers.warp_to_fixed(moving.labels, moving.affine, displacement, fixed.affine)
+    return measure_pair(case, labels, fixed.affine, ddf)
+
+
 def measure_label(labels, k, affine):
     """Dice, TRE and, for the gland (label 0), HD95 of one label, before and after."""
     row = {}

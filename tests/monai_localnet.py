@@ -101,12 +101,8 @@ def main():
         network_moving, network_fixed = helpers.pair_to_network(pair, moving, fixed, *GRID)
         with torch.no_grad():
             ddf = predict(*(to_torch(v.image[None].astype(np.float32)) for v in (network_moving, network_fixed)))
-        ddf, labels = ddf[0].numpy(), {"fixed": fixed.labels}
-        for when, field in (("before", np.zeros_like(ddf)), ("after", ddf)):
-            grids = network_fixed.affine, network_moving.affine, OFFSET
-            displacement = helpers.displacement_on(fixed.image.shape, fixed.affine, field, *grids)
-            labels[when] = helpers.warp_to_fixed(moving.labels, moving.affine, displacement, fixed.affine)
-        rows += inference.measure_pair(pair.case, labels, fixed.affine, ddf)
+        grids = network_fixed.affine, network_moving.affine, OFFSET
+        rows += inference.measure_ddf(pair.case, moving, fixed, ddf[0].numpy(), *grids)
     print(f"{step} steps in {minutes:.1f} minutes\n{results.save(helpers.make_folder(words.output_dir), rows)}", end="")
 
 

@@ -37,12 +37,7 @@ def main():
             for side, grid in zip((moving, fixed), on_grids, strict=True)
         )
         shift = np.zeros((*config.fixed_shape, 3), np.float32) + (there - here - offset).astype(np.float32)
-        labels = {"fixed": fixed.labels}
-        for when, ddf in (("before", np.zeros_like(shift)), ("after", shift)):
-            grids = on_grids[1].affine, on_grids[0].affine, offset
-            displacement = helpers.displacement_on(fixed.image.shape, fixed.affine, ddf, *grids)
-            labels[when] = helpers.warp_to_fixed(moving.labels, moving.affine, displacement, fixed.affine)
-        rows += inference.measure_pair(pair.case, labels, fixed.affine, shift)
+        rows += inference.measure_ddf(pair.case, moving, fixed, shift, on_grids[1].affine, on_grids[0].affine, offset)
     print(results.save(helpers.make_folder(config.output_dir), rows), end="")
 
 
