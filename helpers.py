@@ -12,6 +12,7 @@ import shutil
 import signal
 import tempfile
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -447,14 +448,19 @@ def warp_to_fixed(data, affine, displacement, fixed_affine, order=1):
     data: (any shape) or labels (any shape, L), on the grid of matrix `affine`; displacement: (X, Y, Z, 3) mm, RAS.
     order: 1 trilinear, 0 nearest voxel. 0 where it is not `in_view`. Returns (X, Y, Z) or (X, Y, Z, L).
     """
-    world = displacement + voxel_to_world(displacement.shape[:3], fixed_affine)
-    inverse = np.linalg.inv(affine).astype(np.float32)
-    points = world @ inverse[:3, :3].T + inverse[:3, 3]
-    inside = in_view(points, data.shape[:3])
-    points = np.ascontiguousarray(np.moveaxis(points, -1, 0))
+    inverse = np.linalg.inv(affine)
+    start = voxel_to_world(displacement.shape[:3], inverse @ fixed_affine)  # where a displacement of zero leads to
+    to_voxels = inverse[:3, :3].T.astype(np.float32)
     channels = np.moveaxis(data, -1, 0) if data.ndim == 4 else [data]
-    warped = [np.where(inside, ndimage.map_coordinates(c, points, order=order, mode="nearest"), 0) for c in channels]
-    return np.stack(warped, axis=-1) if data.ndim == 4 else warped[0]
+
+    def warp_plane(k):
+        points = start[k] + displacement[k] @ to_voxels
+        inside, points = in_view(points, data.shape[:3]), np.ascontiguousarray(np.moveaxis(points, -1, 0))
+        return [np.where(inside, ndimage.map_coordinates(c, points, order=order, mode="nearest"), 0) for c in channels]
+
+    with ThreadPoolExecutor() as threads:
+        warped = np.array(list(threads.map(warp_plane, range(len(displacement)))))
+    return np.moveaxis(warped, 1, -1) if data.ndim == 4 else warped[:, 0]
 
 
 # -- Write ---------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import config as settings
 settings.import_tensorflow()  # before anything else does
 
 # isort: split
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nibabel as nib
@@ -63,7 +64,7 @@ def main():
     predict = make_predict(config, network)
     offset = moving_offset(config.moving_shape, config.fixed_shape)
 
-    rows, cases = [], []
+    rows, cases, threads = [], [], ThreadPoolExecutor()
     for pair in tqdm(pairs, "registering", unit="pair", disable=None):
         moving, fixed = helpers.read_pair(pair)
         grid_settings = settings.grid_settings(config)
@@ -95,14 +96,17 @@ def main():
                 case_rows[0][f"true_error_{when}_mm"] = np.linalg.norm(error[gland], axis=-1).mean()
         rows += case_rows
 
-        # -- Write -------------------------------------------------------------------------------------------------
+        # -- Write: the large files are packed while this goes on ---------------------------------------------------
         folder = helpers.make_folder(output_dir / pair.case)
-        helpers.write_nifti(folder / "warped_image.nii.gz", images["after"], fixed.affine)
-        helpers.write_displacement(folder / "displacement.nii.gz", displacements["after"], fixed.affine)
-        inverse = moving.image.shape, moving.affine, invert(ddf, config.moving_shape, offset), *grids[1::-1], -offset
-        helpers.write_displacement(
-            folder / "displacement_inverse.nii.gz", helpers.displacement_on(*inverse), moving.affine
+        inverse = helpers.displacement_on(
+            moving.image.shape, moving.affine, invert(ddf, config.moving_shape, offset), *grids[1::-1], -offset
         )
+        files = {
+            "warped_image": (helpers.write_nifti, images["after"], fixed.affine),
+            "displacement": (helpers.write_displacement, displacements["after"], fixed.affine),
+            "displacement_inverse": (helpers.write_displacement, inverse, moving.affine),
+        }
+        writing = [threads.submit(write, folder / f"{name}.nii.gz", *data) for name, (write, *data) in files.items()]
         if point_file:
             carry_points(point_file, folder, config.points_on, ddf, *grids)
         (folder / "warped_labels.nii.gz").unlink(missing_ok=True)  # an earlier run may have had labels
@@ -117,6 +121,8 @@ def main():
             folder / "overview.png", pair.case, *shown, ddf, jacobian_determinant(ddf), config.voxel_size
         )
         cases.append((results.line(case_rows), folder / "overview.png", pictures.viewer(*shown)))
+        for written in writing:
+            written.result()  # raises what went wrong there
 
     summary = results.save(table_dir, rows)
     plots = [table_dir / "boxplot.png"] if (table_dir / "boxplot.png").exists() else []
