@@ -16,6 +16,14 @@ from test_resume import results
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = [*rubbish.TINY, "--network=local", "--batch_size=2", "--valid_every=3"]  # quick to trace
+TWO_DEVICES = """
+import config; config.import_tensorflow()
+import tensorflow as tf, train
+halves = [tf.config.LogicalDeviceConfiguration()] * 2
+tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], halves)
+train.choose_strategy = lambda config: (tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]), True)
+train.main()
+"""
 
 
 def free_ports(number):
@@ -51,16 +59,34 @@ def folders(example):
     return [f"--{name}_dir={example / name}" for name in ("train", "valid", "test")]
 
 
-def test_two_workers_train_as_one_process_and_only_the_chief_writes(folders, tmp_path):
-    one = [*TINY, *folders, "--steps=6", f"--model_dir={tmp_path / 'one'}"]
-    alone = subprocess.Popen([sys.executable, "train.py", *one], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    assert not alone.wait(timeout=300), alone.stderr.read()
+@pytest.fixture(scope="module")
+def alone(folders, tmp_path_factory):
+    """The folder of a training by one process on one device."""
+    folder = tmp_path_factory.mktemp("one") / "model"
+    run("train.py", *TINY, *folders, "--steps=6", f"--model_dir={folder}")
+    return folder
+
+
+def run(*words):
+    process = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr[-2000:]
+
+
+def test_two_workers_train_as_one_process_and_only_the_chief_writes(folders, alone, tmp_path):
     words = [[*folders, "--steps=6", f"--model_dir={tmp_path / name}"] for name in ("chief", "other")]
     for process in start_workers(2, words):
         _, err = process.communicate(timeout=300)
         assert process.returncode == 0, err[-2000:]
     assert not (tmp_path / "other").exists()
-    ours, theirs = results(tmp_path / "chief"), results(tmp_path / "one")
+    assert_close(results(tmp_path / "chief"), results(alone))
+
+
+def test_two_devices_of_one_process_train_as_one(folders, alone, tmp_path):
+    run("-c", TWO_DEVICES, *TINY, *folders, "--steps=6", f"--model_dir={tmp_path}")  # halves of the processor, not GPUs
+    assert_close(results(tmp_path), results(alone))
+
+
+def assert_close(ours, theirs):
     for row, expected in zip(ours[0], theirs[0], strict=True):
         np.testing.assert_allclose(
             [float(v) for v in row.values()], [float(v) for v in expected.values()], rtol=2e-3, atol=2e-5
