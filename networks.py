@@ -44,22 +44,10 @@ def shortcut_block(x):
     return activation(x + Gain()(y))
 
 
-def halve(x):
-    """Half the size, eight times the channels: each block of 2x2x2 voxels becomes one voxel, and nothing is lost."""
-
-    def blocks_to_channels(v):
-        v = tf.pad(v, [(0, 0), *((0, size % 2) for size in v.shape[1:4]), (0, 0)])
-        a, b, c = (size // 2 for size in v.shape[1:4])
-        v = tf.reshape(v, [-1, a, 2, b, 2, c, 2, v.shape[4]])
-        return tf.reshape(tf.transpose(v, [0, 1, 3, 5, 2, 4, 6, 7]), [-1, a, b, c, 8 * v.shape[-1]])
-
-    return layers.Lambda(blocks_to_channels)(x)
-
-
-def encoder(x, channels, max_channels, first_kernel=3, depth=5):
-    """Residual down blocks, finest first: each has half the size and twice the channels, up to `max_channels`."""
+def encoder(x, channels, max_channels, first_kernel):
+    """Residual down blocks at levels 0 (finest) to 4: half the size, twice the channels up to `max_channels`."""
     levels = []
-    for level in range(depth):
+    for level in range(5):
         width = min(channels * 2**level, max_channels)
         x = shortcut_block(activation(conv(x, width, first_kernel if level == 0 else 3)))
         levels.append(x)
@@ -107,11 +95,7 @@ def local_ddf(moving, fixed, channels, max_channels, first_kernel, ddf_levels):
     An encoder, a decoder with skip connections, and at each of `ddf_levels` a small DDF. They are summed from coarse
     to fine, all in voxels of level 0.
     """
-    images = layers.Concatenate()([moving, fixed])
-    if 0 in ddf_levels:
-        levels = encoder(images, channels, max_channels, first_kernel)
-    else:  # no DDF is read at full resolution, so nothing is worked out there, which is half of the time
-        levels = [images, *encoder(halve(images), 2 * channels, max_channels, depth=4)]
+    levels = encoder(layers.Concatenate()([moving, fixed]), channels, max_channels, first_kernel)
     x = levels[4]
     ddf = ddf_head(x) if 4 in ddf_levels else None
     for level in (3, 2, 1, 0):
@@ -141,7 +125,8 @@ def global_affine(moving, fixed, channels, max_channels, first_kernel):
 
 def gland_map(image, channels, max_channels):
     """Where in one image (B, X, Y, Z, 1) the gland is, from 0 to 1, worked out at half the resolution; 0.5 at first."""
-    x, *finer = encoder(halve(image), 2 * channels, max_channels, depth=3)[::-1]
+    half = activation(layers.Conv3D(channels, 5, strides=2, padding="same", kernel_initializer="he_normal")(image))
+    x, *finer = encoder(half, 2 * channels, max_channels, 3)[2::-1]
     for skip in finer:
         x = up_block(x, skip)
     score = layers.Conv3D(1, 3, padding="same", kernel_initializer="zeros")(x)
