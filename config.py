@@ -43,8 +43,8 @@ class Config:
     channels: int = 16  # of the local network's first level, doubled at each of the four next (paper: 32)
     global_channels: int = 8  # the same for the networks that find the affine or the shift (paper: 8)
     max_channels: int = 64  # where the doubling ends, for both (paper: 512)
-    first_kernel: int = 7  # voxels, edge of the first kernel, where the network works at full resolution; odd
-    ddf_levels: tuple[int, ...] = (1, 2, 3, 4)  # levels whose DDFs are summed, 0 finest; without 0 twice as fast
+    first_kernel: int = 7  # voxels, edge of the first convolution's kernel; odd
+    ddf_levels: tuple[int, ...] = (1, 2, 3, 4)  # levels whose DDFs are summed, 0 finest, 4 coarsest; without 0 faster
 
     # Loss
     similarity: Literal["dice", "cross-entropy", "mean-squared", "jaccard"] = "dice"  # of warped and fixed label
