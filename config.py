@@ -98,7 +98,7 @@ class Config:
         check("similarity_scales", scales and all(0 <= s < 1e3 for s in scales), "one or more standard deviations >= 0")
         for name in ("regulariser_weight", "affine_augmentation", "intensity_augmentation", "labels_per_pair", "seed"):
             check(name, 0 <= getattr(self, name) < float("inf"), "0 or more")
-        check("affine_augmentation", self.affine_augmentation < 0.5, "less than 0.5")
+        check("affine_augmentation", self.affine_augmentation <= 0.3, "at most 0.3")
         check("seed", self.seed < 2**31, "less than 2147483648")
         check("learning_rate", 0 < self.learning_rate < float("inf"), "a number above 0")
         check("cross_patient", 0 <= self.cross_patient <= 1, "a share from 0 to 1")
@@ -127,11 +127,15 @@ def parse(arguments=None, default=None):
         raise InputError(text.split(" Argument helptext")[0].split(" For full helptext")[0]) from None
 
 
+def trains_on_examples(config):
+    return Path(config.train_dir).resolve() == EXAMPLE_DIR / "train"
+
+
 def parse_for_training():
     """Command line over the defaults. With own training data, or folds, the example's other pairs fall away."""
     config = parse()
     changes = {}
-    if config.folds or Path(config.train_dir) != EXAMPLE_DIR / "train":
+    if config.folds or not trains_on_examples(config):
         examples = {"valid_dir": str(EXAMPLE_DIR / "valid"), "test_dir": str(EXAMPLE_DIR / "test")}
         changes = {name: "" for name, example in examples.items() if getattr(config, name) == example}
     return dataclasses.replace(config, **changes)
@@ -183,6 +187,10 @@ def check_model_dir(config):
             )
     if not config.resume:
         raise InputError(f"{folder}: holds a training; add --resume, name another --model_dir, or delete this one")
+    checkpoint, history = folder / CHECKPOINT_NAME, folder / "history.csv"
+    # One row and no checkpoint yet: it was killed between the two, and begins anew.
+    if not checkpoint.exists() and history.exists() and len(history.read_text().splitlines()) > 2:
+        raise InputError(f"{checkpoint}: missing; expected it beside the weights; name another --model_dir")
 
 
 def as_json(config):

@@ -55,7 +55,10 @@ def main():
     helpers.check_pairs(pairs)
     point_file = read_points(config.points, config.points_frame) if config.points else None
     output_dir = helpers.make_folder(config.output_dir)
-    table_dir = helpers.make_folder(output_dir / name) if config.moving else output_dir
+    table_dir = output_dir
+    if config.moving:
+        table_dir = helpers.make_folder(output_dir / name)
+        check_folder(table_dir, pairs[0])
 
     # -- Network: as it was trained --------------------------------------------------------------------------------
     network = build_network(**settings.network_settings(config))
@@ -108,7 +111,7 @@ def main():
         }
         writing = [threads.submit(write, folder / f"{name}.nii.gz", *data) for name, (write, *data) in files.items()]
         if point_file:
-            carry_points(point_file, folder, config.points_on, ddf, *grids)
+            carry_points(point_file, folder, config.points_on, moving, fixed, ddf, *grids)
         (folder / "warped_labels.nii.gz").unlink(missing_ok=True)  # an earlier run may have had labels
         if labels:
             cut = labels["after"] >= 0.5
@@ -137,23 +140,40 @@ def invert(ddf, moving_shape, offset):
     return inverse.reshape(*moving_shape, 3).astype(np.float32)
 
 
-def carry_points(file, folder, points_on, ddf, fixed_grid, moving_grid, offset):
-    """Write the points of `file` where they lie in the other image; name those that the network did not see."""
+def check_folder(folder, pair):
+    """Patients' files often have the same names in other folders: results of one are not mixed with another's."""
+    record, paths = folder / "pair.txt", f"{pair.moving_image.resolve()}\n{pair.fixed_image.resolve()}\n"
+    if record.exists() and (found := record.read_text()) != paths:
+        raise settings.InputError(f"{folder}: holds results of {found.splitlines()[0]}; name another --output_dir")
+    with helpers.written_aside(record) as aside:
+        aside.write_text(paths)
+
+
+def carry_points(file, folder, points_on, moving, fixed, ddf, fixed_grid, moving_grid, offset):
+    """Write the points of `file` where they lie in the other image; name those outside of either Volume.
+
+    ddf, fixed_grid, moving_grid, offset: as of helpers.displacement_on.
+    """
     if points_on == "moving":
         on_moving = nib.affines.apply_affine(np.linalg.inv(moving_grid), file.positions)
         on_fixed = invert_points(on_moving, ddf, offset)
-        result, other = nib.affines.apply_affine(fixed_grid, on_fixed), "fixed"
     else:
         on_fixed = nib.affines.apply_affine(np.linalg.inv(fixed_grid), file.positions)
         on_moving = map_points(on_fixed, ddf, offset)
-        result, other = nib.affines.apply_affine(moving_grid, on_moving), "moving"
     residual = np.linalg.norm((map_points(on_fixed, ddf, offset) - on_moving) @ moving_grid[:3, :3].T, axis=-1)
     seen = helpers.in_view(on_fixed, ddf.shape[:3]) & (residual < 0.1)
+    sides = [(moving, moving_grid, on_moving), (fixed, fixed_grid, on_fixed)]
+    for volume, grid, points in sides:
+        voxels = nib.affines.apply_affine(np.linalg.inv(volume.affine) @ grid, points)
+        seen &= helpers.in_view(voxels, volume.image.shape)
+    other = "fixed" if points_on == "moving" else "moving"
     path = folder / f"{file.stem}_on_{other}{file.suffix}"
-    write_points(path, file, result, seen)
+    _, grid, points = sides[other == "fixed"]
+    write_points(path, file, nib.affines.apply_affine(grid, points), seen)
     for name in np.array(file.names)[~seen]:
         print(f"warning: point {name} lies outside the field of view, or where the field folds, and is left out")
-    print(f"{path}: {seen.sum()} points, error of the inversion at most {residual[seen].max(initial=0):.4f} mm")
+    error = f", error of the inversion at most {residual[seen].max(initial=0):.4f} mm" if other == "fixed" else ""
+    print(f"{path}: {seen.sum()} points{error}")
 
 
 def make_predict(config, network):

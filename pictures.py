@@ -120,7 +120,7 @@ def plot_overview(path, title, fixed, warped, affine, labels, ddf, determinant, 
             axis.set_title(heading if name == "axial" else "", fontsize=11)
     bar = figure.colorbar(change, ax=axes[:, 4], ticks=[0.5, 0.7, 1, 1.4, 2], format="%.1f", shrink=0.6)
     bar.ax.minorticks_off()
-    bar.set_label("Jacobian determinant: 1 = volume kept, black = folded")
+    bar.set_label("Jacobian determinant: above 1 the warp\nshrinks tissue, below 1 it swells; black = folded")
     if labels:
         axes[0, 0].plot([], [], "-", color=GREEN, label="fixed labels")
         axes[0, 0].plot([], [], "--", color=ORANGE, label="moving labels")

@@ -46,13 +46,18 @@ def read_points(path, frame="file"):
             names = [entry[11] if len(entry) > 11 else entry[0] for entry in entries]
         elif suffix == ".mrk.json":
             document = json.loads(text)
+            for markup in document["markups"]:  # a point that was not placed yet has no position
+                placed = [p for p in markup["controlPoints"] if p.get("positionStatus", "defined") == "defined"]
+                markup["controlPoints"] = placed
             entries = [point for markup in document["markups"] for point in markup["controlPoints"]]
-            (said,) = {markup.get("coordinateSystem") for markup in document["markups"]}
+            (said,) = {markup.get("coordinateSystem", "LPS") for markup in document["markups"]}
             positions = [entry["position"] for entry in entries]
             names = [entry.get("label") or entry.get("id", "") for entry in entries]
         else:
             reader = csv.DictReader(io.StringIO(text))
             document, entries = reader.fieldnames, list(reader)
+            if any(None in entry for entry in entries):
+                raise ValueError("a row has more cells than the header")
             positions = [[entry[axis] for axis in "xyz"] for entry in entries]
             names = [entry.get("name") or entry.get("label") or str(number) for number, entry in enumerate(entries)]
         positions = np.array(positions, float)
@@ -62,7 +67,10 @@ def read_points(path, frame="file"):
         raise InputError(f"{path}: cannot be read ({error!r}); expected points as in {suffix} files") from None
     if positions.shape[1:] != (3,) or not np.isfinite(positions).all():
         raise InputError(f"{path}: found {len(positions)} points, expected one or more of three numbers in mm")
-    frame = {"0": "RAS", "1": "LPS"}.get(said, said) if frame == "file" else frame
+    said = {"0": "RAS", "1": "LPS"}.get(said, said)
+    frame = said if frame == "file" else frame
+    if said in SIGNS and said != frame:
+        raise InputError(f"{path}: found coordinates in {said}, expected {frame}; leave --points_frame out")
     if frame not in SIGNS:
         raise InputError(f"{path}: found no frame of coordinates that is RAS or LPS; name it with --points_frame")
     return PointFile(

@@ -46,7 +46,10 @@ def read(path):
     """The rows of a metrics.csv: {column: number}, and the case's name; columns that are empty are left out."""
     try:
         with path.open(newline="") as file:
-            rows = [{name: text for name, text in row.items() if text} for row in csv.DictReader(file)]
+            reader = csv.DictReader(file)
+            rows = [{name: text for name, text in row.items() if text} for row in reader]
+        if not rows or not set(COLUMNS) <= set(reader.fieldnames):
+            raise ValueError("found no rows with its columns")
         return [{name: text if name == "case" else float(text) for name, text in row.items()} for row in rows]
     except OSError as error:
         raise settings.InputError(f"{path}: {error.strerror}; expected the metrics.csv of inference.py") from None
@@ -95,7 +98,7 @@ def rms_tre(landmarks):
 
 def line(rows):
     """The measures of one pair in a line: its name, and each median before and after."""
-    medians = {title: [np.median(measured) for measured in both] for title, both in values(rows).items()}
+    medians = {title: [np.nanmedian(measured) for measured in both] for title, both in values(rows).items()}
     return "; ".join([rows[0]["case"], *("{} {:.2f} to {:.2f}".format(title, *m) for title, m in medians.items())])
 
 

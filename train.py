@@ -52,7 +52,7 @@ def main():
     model_dir = helpers.make_folder(config.model_dir if is_chief else unkept.name)
 
     # -- Data: pairs of images, each pair with as many labels as it happens to have --------------------------------
-    if config.train_dir == str(settings.EXAMPLE_DIR / "train") and not settings.EXAMPLE_DIR.exists():
+    if settings.trains_on_examples(config) and not settings.EXAMPLE_DIR.exists():
         subprocess.run([sys.executable, settings.EXAMPLE_DIR.parent / "make_example_data.py"], check=True)
     train_pairs = helpers.find_pairs(config.train_dir)
     if config.folds:
@@ -265,8 +265,8 @@ def choose_strategy(config):
 
 
 def mean_of(results):
-    """Mean of each entry over a list of dictionaries."""
-    return {name: round(float(np.mean([r[name] for r in results])), 5) for name in results[0]}
+    """Mean of each entry over a list of dictionaries, to five digits."""
+    return {name: float(f"{np.mean([r[name] for r in results]):.5g}") for name in results[0]}
 
 
 if __name__ == "__main__":

@@ -83,6 +83,9 @@ def test_own_training_data_are_not_judged_by_the_example(monkeypatch):
     monkeypatch.setattr("sys.argv", ["train.py", "--train_dir", "mine"])
     settings = config.parse_for_training()
     assert (settings.valid_dir, settings.test_dir) == ("", "")
+    monkeypatch.chdir(config.EXAMPLE_DIR.parents[1])
+    monkeypatch.setattr("sys.argv", ["train.py", "--train_dir", "data/example/train"])
+    assert config.parse_for_training().valid_dir == Config().valid_dir
     monkeypatch.setattr("sys.argv", ["train.py"])
     assert config.parse_for_training() == Config()
 

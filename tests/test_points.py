@@ -93,6 +93,7 @@ def test_files_keep_their_frame_and_all_else(suffix, frame, tmp_path):
         ("a.csv", "x,y,z\n1,2,nan\n", "three numbers"),
         ("a.csv", "x,y,z\n", "found 0 points"),
         ("a.csv", "x,y,z\n1,2,3\n", "--points_frame"),
+        ("a.csv", "x,y,z\n1,2,3,4\n", "more cells"),
         ("a.fcsv", "# CoordinateSystem = IJK\n1,2,3,4\n", "RAS or LPS"),
         ("a.fcsv", "1,2,3,4\n", "RAS or LPS"),
         ("a.mrk.json", "{", "JSONDecodeError"),
@@ -107,6 +108,26 @@ def test_bad_files_are_named(name, text, message, tmp_path):
     assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(points.InputError, match="nowhere"):
         points.read_points(tmp_path / "nowhere.csv")
+
+
+def test_what_the_file_says_of_its_frame_is_not_overruled(tmp_path):
+    path = write_file(tmp_path, ".mrk.json", "LPS", np.ones((2, 3)))
+    with pytest.raises(points.InputError, match="found coordinates in LPS, expected RAS"):
+        points.read_points(path, "RAS")
+    assert points.read_points(path, "LPS").frame == "LPS"
+
+
+def test_points_of_3d_slicer_that_were_never_placed_are_left_out(tmp_path):
+    entries = [
+        {"label": "placed", "position": [1.0, 2.0, 3.0], "positionStatus": "defined"},
+        {"label": "not yet", "position": "", "positionStatus": "undefined"},
+    ]
+    path = tmp_path / "a.mrk.json"
+    path.write_text(json.dumps({"markups": [{"controlPoints": entries}]}))  # without a word it is LPS
+    file = points.read_points(path)
+    assert file.names == ["placed"] and file.positions.tolist() == [[-1, -2, 3]]
+    points.write_points(path, file, file.positions, [True])
+    assert points.read_points(path).positions.tolist() == [[-1, -2, 3]]
 
 
 def check_points_of_a_pair(folder, moving, fixed, run, rng):
@@ -130,6 +151,9 @@ def check_points_of_a_pair(folder, moving, fixed, run, rng):
     assert np.median(errors) < 0.1 and errors.max() < 0.5
 
     far = np.concatenate([there.positions, there.positions[:1] + 500])
+    corner = nib.affines.apply_affine(image.affine, [-3, -3, -3])  # outside of the ultrasound
+    status, out, err = run(*words, f"--points={write_file(folder, '.mrk.json', 'RAS', [corner])}", "--points_on=fixed")
+    assert status == 0 and "point F-0 lies outside" in out and "0 points\n" in out, (out, err)
     path = write_file(folder, ".mrk.json", "RAS", far)
     status, out, err = run(*words, f"--points={path}")
     assert status == 0 and "point F-40 lies outside" in out and "targets_on_fixed.mrk.json: 40 points" in out, err

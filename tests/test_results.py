@@ -31,6 +31,7 @@ def test_a_lost_landmark_is_counted_and_in_no_tre():
     assert "in no TRE: 1 of 3\n  a, label 2\n" in text
     assert "4.00 [3.50 4.50] 5.00" in text and "0.85 [0.83 0.88] 0.80" in text  # median [quartiles] and worst
     assert rows[0]["rms_tre_after_mm"] == 3
+    assert "TRE, mm 10.00 to 3.00" in results.line(rows[:3])
 
 
 def test_folds_are_gathered_as_if_they_had_been_one_run(tmp_path, call):
@@ -46,9 +47,9 @@ def test_folds_are_gathered_as_if_they_had_been_one_run(tmp_path, call):
     assert status == 2 and "case a" in err and not (tmp_path / "twice").exists()
 
 
-@pytest.mark.parametrize("text", [None, "case,label\na,b\n", "case,label\na,1,2,3\n"])
+@pytest.mark.parametrize("text", [None, "", "case,label\na,1\n", "case,label\na,b\n", "case,label\na,1,2,3\n"])
 def test_what_is_no_table_of_measures_is_named(text, tmp_path, call):
-    if text:
+    if text is not None:
         (tmp_path / "metrics.csv").write_text(text)
     status, _, err = call(results, tmp_path, "--output_dir", tmp_path / "all")
     assert status == 2 and err.startswith(f"error: {tmp_path / 'metrics.csv'}: ") and err.count("\n") == 1

@@ -128,6 +128,16 @@ def test_a_training_is_never_overwritten_or_continued_otherwise(whole, folders, 
     assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
 
 
+def test_weights_without_their_checkpoint_are_not_overwritten(whole, folders, tmp_path, call):
+    for path in whole.iterdir():
+        if path.name != "checkpoint.npz":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    status, _, err = call(train, *TINY, *folders, f"--model_dir={tmp_path}", "--resume")
+    assert status == 2 and f"{tmp_path / 'checkpoint.npz'}: missing; expected it beside the weights" in err, err
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 @pytest.mark.parametrize("spoil", [lambda data: data[:2000], lambda data: b"", lambda data: b"no archive"])
 def test_a_damaged_checkpoint_is_named(spoil, whole, folders, tmp_path, call):
     for path in whole.iterdir():

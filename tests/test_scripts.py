@@ -104,7 +104,7 @@ def test_one_new_pair_needs_no_labels_and_itk_reads_what_is_written(trained, exa
     folder = tmp_path / "output" / "mr_to_us"
     assert {path.name for path in folder.iterdir()} == {
         *("warped_image.nii.gz", "displacement.nii.gz", "displacement_inverse.nii.gz", "overview.png"),
-        *("metrics.csv", "summary.txt", "report.html"),  # its own: those of a whole test run stay as they are
+        *("pair.txt", "metrics.csv", "summary.txt", "report.html"),  # its own, not those of a whole run
     }
     warped = sitk.ReadImage(str(folder / "warped_image.nii.gz"), sitk.sitkFloat32)
     field = sitk.ReadImage(str(folder / "displacement.nii.gz"), sitk.sitkVectorFloat64)
@@ -114,6 +114,13 @@ def test_one_new_pair_needs_no_labels_and_itk_reads_what_is_written(trained, exa
     value_range = np.ptp(sitk.GetArrayFromImage(original))
     assert np.mean(difference > 1e-3 * value_range) < 1e-3
     np.testing.assert_allclose(nib.load(folder / "warped_image.nii.gz").affine, nib.load(fixed).affine, atol=1e-4)
+
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    (tmp_path / "other").mkdir()
+    other = shutil.copy(moving, tmp_path / "other" / "mr.nii.gz")
+    status, _, err = call(inference, *words, f"--moving={other}", f"--fixed={tmp_path / 'us.nii'}")
+    assert status == 2 and f"holds results of {tmp_path / 'mr.nii.gz'}; name another --output_dir" in err, err
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
     shutil.copy(fixed, tmp_path / "us.nii.gz")
     shutil.copy(folder / "displacement.nii.gz", tmp_path)
