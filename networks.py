@@ -44,18 +44,32 @@ def shortcut_block(x):
     return activation(x + Gain()(y))
 
 
-def encoder(x, channels, max_channels, first_kernel):
+def normalised_block(x):
+    """The same with instance normalisation (Ulyanov et al. 2016, arXiv 1607.08022) in place of the gain.
+
+    The gland of patients that were not in the training is found better with it, its centre in ultrasound 0.4 to 0.7 mm
+    nearer (means of two folds, media/experiments.csv).
+    """
+
+    def normalise(y):  # each channel of each volume to zero mean and unit variance, then a learned scale and shift
+        return layers.GroupNormalization(groups=-1)(y)
+
+    y = activation(normalise(conv(x, x.shape[-1])))
+    return activation(x + normalise(conv(y, x.shape[-1])))
+
+
+def encoder(x, channels, max_channels, first_kernel, block=shortcut_block):
     """Residual down blocks at levels 0 (finest) to 4: half the size, twice the channels up to `max_channels`."""
     levels = []
     for level in range(5):
         width = min(channels * 2**level, max_channels)
-        x = shortcut_block(activation(conv(x, width, first_kernel if level == 0 else 3)))
+        x = block(activation(conv(x, width, first_kernel if level == 0 else 3)))
         levels.append(x)
         x = layers.MaxPool3D(2, padding="same")(x)
     return levels
 
 
-def up_block(x, skip):
+def up_block(x, skip, block=shortcut_block):
     """Double the size and add what the encoder kept at this level.
 
     Additive upsampling (Hu et al. 2018): channels summed in groups, which needs no weights, beside a learned 1x1x1 mix.
@@ -64,7 +78,7 @@ def up_block(x, skip):
     grouped = layers.Reshape((*x.shape[1:4], channels, x.shape[-1] // channels))(x)
     summed = layers.Lambda(lambda v: tf.reduce_sum(v, axis=-1))(grouped)
     x = upsample(summed + conv(x, channels, kernel=1), skip.shape[1:4])
-    return shortcut_block(x + skip)
+    return block(x + skip)
 
 
 def upsample(x, shape):
@@ -126,9 +140,9 @@ def global_affine(moving, fixed, channels, max_channels, first_kernel):
 def gland_map(image, channels, max_channels):
     """Where in one image (B, X, Y, Z, 1) the gland is, from 0 to 1, worked out at half the resolution; 0.5 at first."""
     half = activation(layers.Conv3D(channels, 5, strides=2, padding="same", kernel_initializer="he_normal")(image))
-    x, *finer = encoder(half, 2 * channels, max_channels, 3)[2::-1]
+    x, *finer = encoder(half, 2 * channels, max_channels, 3, normalised_block)[2::-1]
     for skip in finer:
-        x = up_block(x, skip)
+        x = up_block(x, skip, normalised_block)
     score = layers.Conv3D(1, 3, padding="same", kernel_initializer="zeros")(x)
     return layers.Activation("sigmoid")(upsample(score, image.shape[1:4]))
 

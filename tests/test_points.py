@@ -151,8 +151,8 @@ def check_points_of_a_pair(folder, moving, fixed, run, rng):
     assert np.median(errors) < 0.1 and errors.max() < 0.5
 
     far = np.concatenate([there.positions, there.positions[:1] + 500])
-    corner = nib.affines.apply_affine(image.affine, [-3, -3, -3])  # outside of the ultrasound
-    status, out, err = run(*words, f"--points={write_file(folder, '.mrk.json', 'RAS', [corner])}", "--points_on=fixed")
+    beside = nib.affines.apply_affine(image.affine, [-3, *np.array(image.shape[1:]) / 2])  # still on the network's grid
+    status, out, err = run(*words, f"--points={write_file(folder, '.mrk.json', 'RAS', [beside])}", "--points_on=fixed")
     assert status == 0 and "point F-0 lies outside" in out and "0 points\n" in out, (out, err)
     path = write_file(folder, ".mrk.json", "RAS", far)
     status, out, err = run(*words, f"--points={path}")
