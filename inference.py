@@ -7,7 +7,7 @@
 
 Writes to --output_dir, per case and on the fixed image's own grid: warped_image.nii.gz, warped_labels.nii.gz,
 displacement.nii.gz (ITK convention, opens in 3D Slicer), overview.png; on the moving one's displacement_inverse.nii.gz;
-and metrics.csv, summary.txt, boxplot.png and report.html for all cases (for one new pair, in its own folder).
+and metrics.csv, summary.txt, boxplot.png and report.html for all cases (for one new pair in its folder, with pair.txt).
 """
 
 import config as settings
