@@ -121,8 +121,9 @@ def ours(part, channels):
     if part == "training step":
         optimizer = keras.optimizers.Adam(1e-5, global_clipnorm=1.0)
         step, _ = train.make_steps(config, network, optimizer)
-        mask = tf.ones((BATCH, 1))
-        return lambda: step(tf.constant(1), moving, fixed, moving_label, fixed_label, mask)["loss"].numpy()
+        batch = {"moving_image": moving, "fixed_image": fixed, "mask": tf.ones((BATCH, 1))}
+        batch |= {"moving_labels": moving_label, "fixed_labels": fixed_label}
+        return lambda: step(tf.constant(1), **batch)["loss"].numpy()
     return None
 
 

@@ -21,6 +21,14 @@ def test_every_warp_of_the_benchmark_gives_the_same_volume():
         np.testing.assert_allclose(ours, warped, atol=1e-4, err_msg=name)
 
 
+def test_the_training_step_of_the_benchmark_is_the_one_that_learns(monkeypatch):
+    monkeypatch.setattr(benchmark, "GRID", (16, 16, 16))
+    monkeypatch.setattr(benchmark, "SCALES", (0, 1))
+    step = benchmark.ours("training step", 2)
+    losses = [float(step()) for _ in range(30)]
+    assert 0 < losses[-1] < losses[0] < 1.1
+
+
 def test_operations_of_one_layer_are_counted_by_hand():
     """First convolution: 7x7x7, 2 to 8 channels, forward and one gradient; all others are less than ten times that."""
     first = 2 * 2 * 4 * np.prod(benchmark.GRID) * 7**3 * 2 * 8
