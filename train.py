@@ -29,14 +29,13 @@ from tqdm import tqdm
 
 import helpers
 import pictures
-from losses import REGULARISERS, SIMILARITIES, centre_divergence, dice, mean_over_labels, multi_scale
+from losses import REGULARISERS, SIMILARITIES, mean_over_labels, multi_scale
 from networks import build_network
 from utils import (
-    change_greys,
+    change_gamma,
     label_metrics,
     moving_offset,
     random_affine,
-    random_gain,
     random_gamma,
     reference_grid,
     resample,
@@ -184,41 +183,37 @@ def make_steps(config, network, optimizer):
         )
         similarity = mean_over_labels(similarities, mask)
         regulariser = REGULARISERS[config.regulariser](ddf)
-        gland = centre = 0.0  # how far the centred network's maps are from the two glands, and from their centres
+        gland = 0.0  # how far the gland maps of the centred network are from the gland, 0 to 2
         if "moving_gland" in outputs:
-            for side, label in {"moving": moving_gland, "fixed": fixed_labels[..., :1]}.items():
-                gland += tf.reduce_mean(dice(outputs[f"{side}_gland"], label))
-                centre += tf.reduce_mean(centre_divergence(outputs[f"{side}_centre"], label))
-        overlap, distance = label_metrics(tf.stop_gradient(warped_labels), fixed_labels)
+            glands = {"moving_gland": moving_gland, "fixed_gland": fixed_labels[..., :1]}
+            gland = tf.add_n([tf.reduce_mean(SIMILARITIES["dice"](outputs[k], label)) for k, label in glands.items()])
+        dice, distance = label_metrics(tf.stop_gradient(warped_labels), fixed_labels)
         return {
-            "loss": similarity + config.regulariser_weight * regulariser + gland + 0.1 * centre,
+            "loss": similarity + config.regulariser_weight * regulariser + gland,
             "similarity": similarity,
             "regulariser": regulariser,
             "gland": gland,
-            "centre": centre,
-            "dice": mean_over_labels(overlap, mask),
+            "dice": mean_over_labels(dice, mask),
             "tre": mean_over_labels(distance, mask) * config.voxel_size,
         }
 
     def draw_augmentation(step):
         """For the whole batch, so that its meaning does not depend on the number of replicas."""
-        seeds = tf.stack([[config.seed, step * 7 + k] for k in range(7)])
-        size, number, greys = config.affine_augmentation, config.batch_size, config.intensity_augmentation
+        seeds = tf.stack([[config.seed, step * 5 + k] for k in range(5)])
+        size, number = config.affine_augmentation, config.batch_size
         side = tf.where(tf.random.stateless_uniform([number], seeds[0]) < 0.5, -1.0, 1.0)
         return {
             "moving_affine": random_affine(seeds[1], number, config.moving_shape, size, side, config.mirror_axis),
             "fixed_affine": random_affine(seeds[2], number, config.fixed_shape, size, side, config.mirror_axis),
-            "moving_gamma": random_gamma(seeds[3], number, greys),
-            "fixed_gamma": random_gamma(seeds[4], number, greys),
-            "moving_gain": random_gain(seeds[5], number, config.moving_shape, 0.6 * greys),
-            "fixed_gain": random_gain(seeds[6], number, config.fixed_shape, 0.6 * greys),
+            "moving_gamma": random_gamma(seeds[3], number, config.intensity_augmentation),
+            "fixed_gamma": random_gamma(seeds[4], number, config.intensity_augmentation),
         }
 
     def replica_step(moving_image, fixed_image, moving_labels, fixed_labels, mask, **drawn):
         moving = [moving_image, moving_labels[..., :1]]  # the gland's own copy, for the network that looks for it
         moving, fixed = augment(moving, [fixed_image, fixed_labels], drawn["moving_affine"], drawn["fixed_affine"])
-        moving_image = change_greys(moving[..., :1], drawn["moving_gamma"], drawn["moving_gain"])
-        fixed_image = change_greys(fixed[..., :1], drawn["fixed_gamma"], drawn["fixed_gain"])
+        moving_image = change_gamma(moving[..., :1], drawn["moving_gamma"])
+        fixed_image = change_gamma(fixed[..., :1], drawn["fixed_gamma"])
         with tf.GradientTape() as tape:
             outputs = network([moving_image, fixed_image], training=True)
             result = compare(outputs, moving_labels, fixed[..., 1:], mask, drawn["moving_affine"], moving[..., 1:])
