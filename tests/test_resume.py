@@ -75,7 +75,15 @@ def interrupt(monkeypatch, at, how):
     monkeypatch.setattr(train, "make_steps", make)
 
 
-def test_both_signals_are_noted_and_then_work_as_before():
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises KeyboardInterrupt, in a shell's background job too, which is born deaf to it."""
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, inherited)
+
+
+def test_both_signals_are_noted_and_then_work_as_before(interruptible):
     with helpers.signals_noted() as noted:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
