@@ -45,6 +45,7 @@ class Config:
     max_channels: int = 64  # where the doubling ends, for both (paper: 512)
     first_kernel: int = 7  # voxels, edge of the first convolution's kernel; odd
     ddf_levels: tuple[int, ...] = (1, 2, 3, 4)  # levels whose DDFs are summed, 0 finest, 4 coarsest; without 0 faster
+    dropout: float = 0.0  # share of features that the centred network's search for the glands goes without in training
 
     # Loss
     similarity: Literal["dice", "cross-entropy", "mean-squared", "jaccard"] = "dice"  # of warped and fixed label
@@ -59,8 +60,9 @@ class Config:
     labels_per_pair: int = 0  # labels drawn from a pair in each step; 1 = as in the paper, 0 = all
     cross_patient: float = 0.25  # share of pairs made of two patients, which only the gland (label 0) can teach
     affine_augmentation: float = 0.1  # largest random change of each affine entry; 0 = none
+    elastic_augmentation: float = 0.0  # mm, standard deviation of each image's smooth random displacement; 0 = none
     mirror_axis: int = 0  # axis to mirror half of the pairs along, 0 = left-right in RAS; -1 = none
-    intensity_augmentation: float = 0.3  # largest log of the random gamma of each image; 0 = none
+    intensity_augmentation: float = 0.3  # largest log of each image's random gamma; its gain varies with it; 0 = none
     valid_every: int = 100  # steps between validations, each of which saves all that a continued run needs
     seed: int = 0  # of weights, sampling and augmentation
     model_dir: str = "model"  # settings, weights, history.csv, history.png and TensorBoard events; made if missing
@@ -96,11 +98,13 @@ class Config:
         check("ddf_levels", levels and set(levels) <= set(range(5)), "one or more of 0 1 2 3 4")
         scales = self.similarity_scales
         check("similarity_scales", scales and all(0 <= s < 1e3 for s in scales), "one or more standard deviations >= 0")
-        for name in ("regulariser_weight", "affine_augmentation", "intensity_augmentation", "labels_per_pair", "seed"):
+        augmentations = "affine_augmentation", "elastic_augmentation", "intensity_augmentation"
+        for name in ("regulariser_weight", "labels_per_pair", "seed", *augmentations):
             check(name, 0 <= getattr(self, name) < float("inf"), "0 or more")
         check("affine_augmentation", self.affine_augmentation <= 0.3, "at most 0.3")
         check("seed", self.seed < 2**31, "less than 2147483648")
         check("learning_rate", 0 < self.learning_rate < float("inf"), "a number above 0")
+        check("dropout", 0 <= self.dropout < 1, "a share from 0 to below 1")
         check("cross_patient", 0 <= self.cross_patient <= 1, "a share from 0 to 1")
         check("mirror_axis", -1 <= self.mirror_axis <= 2, "0, 1 or 2, or -1 for none")
         check("fixed", bool(self.fixed) == bool(self.moving), "both --moving and --fixed, or neither")
@@ -142,7 +146,7 @@ def parse_for_training():
 
 
 NETWORK_SETTINGS = ["network", "moving_shape", "fixed_shape", "channels", "global_channels", "max_channels"]
-NETWORK_SETTINGS += ["first_kernel", "ddf_levels"]
+NETWORK_SETTINGS += ["first_kernel", "ddf_levels", "dropout"]
 
 
 def grid_settings(config):

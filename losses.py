@@ -5,7 +5,7 @@ README, "Label similarity measures" and "Deformation regularisation".
 
 import tensorflow as tf
 
-from utils import apply_along_axes, channels_to_batch, gaussian_matrix, stencil_matrix
+from utils import apply_along_axes, centroids, channels_to_batch, gaussian_matrix, reference_grid, stencil_matrix
 
 EPSILON = 1e-6  # keeps an empty label at a finite loss: 1 for the overlap measures
 
@@ -60,6 +60,17 @@ def mean_over_labels(values, mask):
     """Mean over the labels that a pair has, then over pairs. values, mask: (B, L), mask 1 = present. Scalar."""
     per_pair = tf.reduce_sum(values * mask, 1) / tf.maximum(tf.reduce_sum(mask, 1), 1)
     return tf.reduce_mean(per_pair)
+
+
+def centre_divergence(log_probability, gland, sigma=1.5):
+    """Kullback-Leibler divergence, in nats, of a Gaussian of `sigma` voxels about the gland's centroid from a guess.
+
+    log_probability: (B, X, Y, Z, 1), of each voxel to be the centre; gland: (B, X, Y, Z, 1). Returns (B,), 0 = equal.
+    """
+    batch = tf.shape(gland)[0]
+    away = reference_grid(gland.shape[1:4]) - centroids(gland)[:, :, None, None]
+    target = tf.nn.log_softmax(tf.reshape(-tf.reduce_sum(away**2, -1) / (2 * sigma**2), [batch, -1]))
+    return tf.reduce_sum(tf.exp(target) * (target - tf.reshape(log_probability, [batch, -1])), -1)
 
 
 # -- Deformation regularisation: ddf (B, X, Y, Z, 3) in voxels -> scalar -------------------------------------------

@@ -1,8 +1,9 @@
 """Networks: a moving and a fixed image in, a dense displacement field (DDF) out. No network ever sees a label.
 
 All four are Keras models of one signature: [moving (B, MX, MY, MZ, 1), fixed (B, X, Y, Z, 1)] -> a dictionary with
-"ddf" (B, X, Y, Z, 3) in voxels; the centred one adds "moving_gland" and "fixed_gland", shaped like the images, which
-the loss compares with the gland. Their last layers start at zero, so training starts from no deformation.
+"ddf" (B, X, Y, Z, 3) in voxels; the centred one adds "moving_gland", "fixed_gland", "moving_centre" and "fixed_centre",
+shaped like the images, which the loss compares with the gland. Their last layers start at zero, so training starts from
+no deformation.
 README, "Networks"; Hu et al. 2018 (doi 10.1016/j.media.2018.07.002 and arXiv 1711.01666).
 """
 
@@ -10,7 +11,17 @@ import keras
 import tensorflow as tf
 from keras import layers
 
-from utils import apply_along_axes, moving_offset, reference_grid, resample, resize, shift_matrix, transform_points
+from utils import (
+    apply_along_axes,
+    centroids,
+    gaussian_matrix,
+    moving_offset,
+    reference_grid,
+    resample,
+    resize,
+    shift_matrix,
+    transform_points,
+)
 
 # -- Blocks --------------------------------------------------------------------------------------------------------
 
@@ -58,10 +69,10 @@ def normalised_block(x):
     return activation(x + normalise(conv(y, x.shape[-1])))
 
 
-def encoder(x, channels, max_channels, first_kernel, block=shortcut_block):
-    """Residual down blocks at levels 0 (finest) to 4: half the size, twice the channels up to `max_channels`."""
+def encoder(x, channels, max_channels, first_kernel, block=shortcut_block, depth=5):
+    """Residual down blocks from level 0 (finest): each half the size, twice the channels up to `max_channels`."""
     levels = []
-    for level in range(5):
+    for level in range(depth):
         width = min(channels * 2**level, max_channels)
         x = block(activation(conv(x, width, first_kernel if level == 0 else 3)))
         levels.append(x)
@@ -98,6 +109,21 @@ def standardise(image):
     """Zero mean and unit variance of each volume: the scanner's brightness and contrast fall away."""
     mean, variance = tf.nn.moments(image, [1, 2, 3, 4], keepdims=True)
     return (image - mean) * tf.math.rsqrt(variance + 1e-6)
+
+
+def local_contrast(image):
+    """Greys (B, X, Y, Z, 1) in 0..1 against what lies around them, in standard deviations there.
+
+    Ultrasound fades with depth and varies with the probe's contact. The logarithm turns such factors into sums, which
+    the local mean takes away. The constants are a grey, and a spread of the logarithm, that count as nothing.
+    """
+
+    def smooth(v):
+        return apply_along_axes(v, [gaussian_matrix(n, 3.0) for n in v.shape[1:4]])
+
+    logarithm = tf.math.log(image + 0.02)
+    difference = logarithm - smooth(logarithm)
+    return difference * tf.math.rsqrt(smooth(difference**2) + 0.08**2)
 
 
 # -- Networks ------------------------------------------------------------------------------------------------------
@@ -137,25 +163,26 @@ def global_affine(moving, fixed, channels, max_channels, first_kernel):
     return layers.Lambda(to_affine)(entries)
 
 
-def gland_map(image, channels, max_channels):
-    """Where in one image (B, X, Y, Z, 1) the gland is, from 0 to 1, worked out at half the resolution; 0.5 at first."""
+def find_gland(image, channels, max_channels, dropout):
+    """Where in one image (B, X, Y, Z, C) the gland is: two volumes (B, X, Y, Z, 1), worked out at half the resolution.
+
+    gland: from 0 to 1, how much of it is there; 0.5 at first. centre: log-probability of each voxel to be its centre,
+    as landmarks are found by heat maps; all alike at first. It is more exact than the centre of mass of the former.
+    dropout: share of the coarsest features, half of it of the finer ones, that is withheld in training.
+    """
     half = activation(layers.Conv3D(channels, 5, strides=2, padding="same", kernel_initializer="he_normal")(image))
-    x, *finer = encoder(half, 2 * channels, max_channels, 3, normalised_block)[2::-1]
+    x, *finer = encoder(half, 2 * channels, max_channels, 3, normalised_block, depth=3)[::-1]
+    x = layers.SpatialDropout3D(dropout)(x)
     for skip in finer:
-        x = up_block(x, skip, normalised_block)
-    score = layers.Conv3D(1, 3, padding="same", kernel_initializer="zeros")(x)
-    return layers.Activation("sigmoid")(upsample(score, image.shape[1:4]))
-
-
-def centre_of_mass(gland):
-    """Of a map (B, X, Y, Z, 1), squared so that faint voxels far away count for little: (B, 3) voxels."""
-    weights = tf.reshape(gland**2, [tf.shape(gland)[0], 1, -1])
-    grid = tf.reshape(reference_grid(gland.shape[1:4]), [-1, 3])
-    return (weights @ grid)[:, 0] / tf.maximum(tf.reduce_sum(weights, -1), 1e-6)
+        x = up_block(x, layers.SpatialDropout3D(dropout / 2)(skip), normalised_block)
+    scores = upsample(layers.Conv3D(2, 3, padding="same", kernel_initializer="zeros")(x), image.shape[1:4])
+    gland = layers.Lambda(lambda v: tf.sigmoid(v[..., :1]))(scores)
+    centre = layers.Lambda(lambda v: v[..., 1:] - tf.reduce_logsumexp(v[..., 1:], [1, 2, 3], keepdims=True))(scores)
+    return gland, centre
 
 
 def build_network(
-    network, moving_shape, fixed_shape, channels, global_channels, max_channels, first_kernel, ddf_levels
+    network, moving_shape, fixed_shape, channels, global_channels, max_channels, first_kernel, ddf_levels, dropout
 ):
     """The Keras model of "local", "global", "composite" or "centred" for the two grids."""
     moving_image = layers.Input((*moving_shape, 1))
@@ -171,8 +198,9 @@ def build_network(
     def apply_affine(affine, points=grid):
         return transform_points(points, affine, fixed_shape)
 
-    def shift_of_centres(maps):  # as an affine: from the fixed gland's centre to that of the moving one
-        shift = centre_of_mass(maps[0]) - centre_of_mass(maps[1]) - offset
+    def shift_of_centres(centres):  # as an affine: from the fixed gland's expected centre to that of the moving one
+        moving_centre, fixed_centre = (centroids(tf.exp(centre))[:, 0] for centre in centres)
+        shift = moving_centre - fixed_centre - offset
         return tf.concat([tf.eye(3, batch_shape=[tf.shape(shift)[0]]), shift[..., None]], axis=-1)
 
     def beside(image, gland):  # a second channel, which the local network reads but does not teach
@@ -188,10 +216,12 @@ def build_network(
 
     maps = {}
     if network == "centred":
-        glands = [gland_map(image, global_channels, max_channels) for image in (moving, fixed)]
-        affine = layers.Lambda(lambda v: tf.stop_gradient(shift_of_centres(v)))(glands)
-        maps = {"moving_gland": glands[0], "fixed_gland": glands[1]}
-        moving, fixed = beside(moving, glands[0]), beside(fixed, glands[1])
+        for name, image in {"moving": moving_image, "fixed": fixed_image}.items():
+            seen = layers.Lambda(lambda v: tf.concat([standardise(v), local_contrast(v)], -1))(image)
+            maps[f"{name}_gland"], maps[f"{name}_centre"] = find_gland(seen, global_channels, max_channels, dropout)
+        centres = [maps["moving_centre"], maps["fixed_centre"]]
+        affine = layers.Lambda(lambda v: tf.stop_gradient(shift_of_centres(v)))(centres)
+        moving, fixed = beside(moving, maps["moving_gland"]), beside(fixed, maps["fixed_gland"])
     else:
         affine = global_affine(aligned, fixed, global_channels, max_channels, first_kernel)
     if network == "global":

@@ -29,13 +29,15 @@ from tqdm import tqdm
 
 import helpers
 import pictures
-from losses import REGULARISERS, SIMILARITIES, mean_over_labels, multi_scale
+from losses import REGULARISERS, SIMILARITIES, centre_divergence, dice, mean_over_labels, multi_scale
 from networks import build_network
 from utils import (
-    change_gamma,
+    change_greys,
     label_metrics,
     moving_offset,
     random_affine,
+    random_elastic,
+    random_gain,
     random_gamma,
     reference_grid,
     resample,
@@ -163,60 +165,70 @@ def make_steps(config, network, optimizer):
     on_gpu = bool(tf.config.list_physical_devices("GPU"))
 
     @tf.function(jit_compile=True)
-    def augment(moving, fixed, moving_affine, fixed_affine):
+    def augment(moving, fixed, moving_place, fixed_place):
         """The pair as if it had been scanned in another position: images and labels, resampled together."""
-        moving_points = transform_points(moving_grid[None], moving_affine, config.moving_shape)
-        fixed_points = transform_points(fixed_grid[None], fixed_affine, config.fixed_shape)
+        (moving_affine, moving_bend), (fixed_affine, fixed_bend) = moving_place, fixed_place
+        moving_points = transform_points(moving_grid[None], moving_affine, config.moving_shape) + moving_bend
+        fixed_points = transform_points(fixed_grid[None], fixed_affine, config.fixed_shape) + fixed_bend
         return resample(tf.concat(moving, axis=-1), moving_points), resample(tf.concat(fixed, axis=-1), fixed_points)
 
     @tf.function(jit_compile=True)  # XLA fuses the many small steps of a warp; on a CPU it is no good for the rest
-    def warp_labels(labels, ddf, moving_affine):
-        """One resampling through DDF and augmentation together: label'(i) = label(A (i + offset + ddf(i)))."""
-        return resample(labels, transform_points(fixed_grid + offset + ddf, moving_affine, config.moving_shape))
+    def warp_labels(labels, ddf, affine, bend):
+        """One resampling through DDF and augmentation: label'(i) = label(A j + bend(j)), j = i + offset + ddf(i)."""
+        points = fixed_grid + offset + ddf
+        return resample(labels, transform_points(points, affine, config.moving_shape) + resample(bend, points))
 
-    def compare(outputs, moving_labels, fixed_labels, mask, moving_affine, moving_gland):
+    def compare(outputs, moving_labels, fixed_labels, mask, moving_gland, *moving_place):
         """The loss of what the network gave, its parts, and two figures that a person can read."""
         ddf = outputs["ddf"]
-        warped_labels = warp_labels(moving_labels, ddf, moving_affine)
+        warped_labels = warp_labels(moving_labels, ddf, *moving_place)
         similarities = multi_scale(
             SIMILARITIES[config.similarity], warped_labels, fixed_labels, config.similarity_scales
         )
         similarity = mean_over_labels(similarities, mask)
         regulariser = REGULARISERS[config.regulariser](ddf)
-        gland = 0.0  # how far the gland maps of the centred network are from the gland, 0 to 2
+        gland = centre = 0.0  # how far the centred network's maps are from the two glands, and from their centres
         if "moving_gland" in outputs:
-            glands = {"moving_gland": moving_gland, "fixed_gland": fixed_labels[..., :1]}
-            gland = tf.add_n([tf.reduce_mean(SIMILARITIES["dice"](outputs[k], label)) for k, label in glands.items()])
-        dice, distance = label_metrics(tf.stop_gradient(warped_labels), fixed_labels)
+            for side, label in {"moving": moving_gland, "fixed": fixed_labels[..., :1]}.items():
+                gland += tf.reduce_mean(dice(outputs[f"{side}_gland"], label))
+                centre += tf.reduce_mean(centre_divergence(outputs[f"{side}_centre"], label))
+        overlap, distance = label_metrics(tf.stop_gradient(warped_labels), fixed_labels)
         return {
-            "loss": similarity + config.regulariser_weight * regulariser + gland,
+            "loss": similarity + config.regulariser_weight * regulariser + gland + 0.1 * centre,
             "similarity": similarity,
             "regulariser": regulariser,
             "gland": gland,
-            "dice": mean_over_labels(dice, mask),
+            "centre": centre,
+            "dice": mean_over_labels(overlap, mask),
             "tre": mean_over_labels(distance, mask) * config.voxel_size,
         }
 
     def draw_augmentation(step):
         """For the whole batch, so that its meaning does not depend on the number of replicas."""
-        seeds = tf.stack([[config.seed, step * 5 + k] for k in range(5)])
-        size, number = config.affine_augmentation, config.batch_size
+        seeds = tf.stack([[config.seed, step * 9 + k] for k in range(9)])
+        size, number, greys = config.affine_augmentation, config.batch_size, config.intensity_augmentation
+        bend = config.elastic_augmentation / config.voxel_size
         side = tf.where(tf.random.stateless_uniform([number], seeds[0]) < 0.5, -1.0, 1.0)
         return {
             "moving_affine": random_affine(seeds[1], number, config.moving_shape, size, side, config.mirror_axis),
             "fixed_affine": random_affine(seeds[2], number, config.fixed_shape, size, side, config.mirror_axis),
-            "moving_gamma": random_gamma(seeds[3], number, config.intensity_augmentation),
-            "fixed_gamma": random_gamma(seeds[4], number, config.intensity_augmentation),
+            "moving_bend": random_elastic(seeds[3], number, config.moving_shape, bend),
+            "fixed_bend": random_elastic(seeds[4], number, config.fixed_shape, bend),
+            "moving_gamma": random_gamma(seeds[5], number, greys),
+            "fixed_gamma": random_gamma(seeds[6], number, greys),
+            "moving_gain": random_gain(seeds[7], number, config.moving_shape, 0.6 * greys),
+            "fixed_gain": random_gain(seeds[8], number, config.fixed_shape, 0.6 * greys),
         }
 
     def replica_step(moving_image, fixed_image, moving_labels, fixed_labels, mask, **drawn):
         moving = [moving_image, moving_labels[..., :1]]  # the gland's own copy, for the network that looks for it
-        moving, fixed = augment(moving, [fixed_image, fixed_labels], drawn["moving_affine"], drawn["fixed_affine"])
-        moving_image = change_gamma(moving[..., :1], drawn["moving_gamma"])
-        fixed_image = change_gamma(fixed[..., :1], drawn["fixed_gamma"])
+        moving_place, fixed_place = ((drawn[f"{side}_affine"], drawn[f"{side}_bend"]) for side in ("moving", "fixed"))
+        moving, fixed = augment(moving, [fixed_image, fixed_labels], moving_place, fixed_place)
+        moving_image = change_greys(moving[..., :1], drawn["moving_gamma"], drawn["moving_gain"])
+        fixed_image = change_greys(fixed[..., :1], drawn["fixed_gamma"], drawn["fixed_gain"])
         with tf.GradientTape() as tape:
             outputs = network([moving_image, fixed_image], training=True)
-            result = compare(outputs, moving_labels, fixed[..., 1:], mask, drawn["moving_affine"], moving[..., 1:])
+            result = compare(outputs, moving_labels, fixed[..., 1:], mask, moving[..., 1:], *moving_place)
         gradients = tape.gradient(result["loss"], network.trainable_variables)
         gradients, result = tf.distribute.get_replica_context().all_reduce("MEAN", (gradients, result))
         gradients, _ = tf.clip_by_global_norm(gradients, 1.0)
@@ -237,7 +249,8 @@ def make_steps(config, network, optimizer):
     @tf.function
     def valid_step(moving_image, fixed_image, moving_labels, fixed_labels, mask):
         outputs = network([moving_image, fixed_image])
-        return compare(outputs, moving_labels, fixed_labels, mask, tf.eye(3, 4)[None], moving_labels[..., :1])
+        as_it_is = tf.eye(3, 4)[None], tf.zeros((1, *config.moving_shape, 3))
+        return compare(outputs, moving_labels, fixed_labels, mask, moving_labels[..., :1], *as_it_is)
 
     return train_step, valid_step
 

@@ -149,17 +149,39 @@ def random_affine(seed, batch_size, shape, amount, mirror, mirror_axis):
     return tf.concat([matrix, shift[..., None]], axis=-1)
 
 
+def random_elastic(seed, batch_size, shape, amount):
+    """Random smooth displacements in voxels, as of soft tissue: (B, *shape, 3).
+
+    Normal with standard deviation `amount` at 5 x 5 x 5 places, and interpolated between.
+    """
+    return resize(tf.random.stateless_normal([batch_size, 5, 5, 5, 3], seed) * amount, shape)
+
+
 def random_gamma(seed, batch_size, amount):
-    """Random powers for `change_gamma`: (B, 1, 1, 1, 1), with logarithms up to +-amount."""
+    """Random powers for `change_greys`: (B, 1, 1, 1, 1), with logarithms up to +-amount."""
     return tf.exp(tf.random.stateless_uniform([batch_size, 1, 1, 1, 1], seed, -amount, amount))
 
 
-def change_gamma(image, gamma):
-    """Image (B, ...) in 0..1 to a power: darker greys for gamma > 1, brighter for gamma < 1."""
-    return tf.clip_by_value(image, 1e-4, 1) ** gamma
+def random_gain(seed, batch_size, shape, amount):
+    """Slowly varying random factors for images (B, X, Y, Z, 1), as receiver coils and a probe's contact make them.
+
+    Their logarithms are normal with standard deviation `amount` at 3 x 3 x 3 places, and interpolated between.
+    """
+    return tf.exp(resize(tf.random.stateless_normal([batch_size, 3, 3, 3, 1], seed) * amount, shape))
+
+
+def change_greys(image, gamma, gain):
+    """Image (B, ...) in 0..1, times a gain, to a power: darker greys for gamma > 1, brighter for gamma < 1."""
+    return tf.clip_by_value(image * gain, 1e-4, 1) ** gamma
 
 
 # -- Metrics in a training step ------------------------------------------------------------------------------------
+
+
+def centroids(labels):
+    """Centre of mass in voxels of each label: (B, X, Y, Z, L) -> (B, L, 3); voxel 0 for an empty one."""
+    total = tf.maximum(tf.reduce_sum(labels, [1, 2, 3]), 1e-6)
+    return tf.einsum("bxyzl,xyzk->blk", labels, reference_grid(labels.shape[1:4])) / total[..., None]
 
 
 def label_metrics(warped, fixed):
@@ -167,14 +189,9 @@ def label_metrics(warped, fixed):
 
     The centroid of a label that has left the volume counts as voxel 0, a large distance rather than none.
     """
-    grid = reference_grid(fixed.shape[1:4])
     a, b = tf.cast(warped > 0.5, tf.float32), tf.cast(fixed > 0.5, tf.float32)
     dice = 2 * tf.reduce_sum(a * b, [1, 2, 3]) / tf.maximum(tf.reduce_sum(a + b, [1, 2, 3]), 1e-6)
-    centroids = [
-        tf.einsum("bxyzl,xyzk->blk", label, grid) / tf.maximum(tf.reduce_sum(label, [1, 2, 3]), 1e-6)[..., None]
-        for label in (warped, fixed)
-    ]
-    return dice, tf.norm(centroids[0] - centroids[1], axis=-1)
+    return dice, tf.norm(centroids(warped) - centroids(fixed), axis=-1)
 
 
 # -- Points through a field (NumPy) --------------------------------------------------------------------------------

@@ -37,6 +37,17 @@ def test_cross_entropy_value():
     assert float(losses.cross_entropy(half, np.ones_like(half))[0, 0]) == pytest.approx(np.log(2), rel=1e-5)
 
 
+def test_centre_divergence_of_shifted_gaussians():
+    """Between Gaussians of one width, d apart, it is d^2 / (2 sigma^2); the gland's own centre costs nothing."""
+    gland = np.concatenate([ball([12, 12, 12], 4)] * 3)
+    centres = np.array([[12, 12, 12], [13, 12, 12], [15, 12, 12]], np.float32)
+    away = reference_grid((24, 24, 24)) - centres[:, None, None, None]
+    guess = np.exp(-np.sum(away**2, axis=-1, keepdims=True) / (2 * 1.5**2))
+    guess = np.log(guess / guess.sum((1, 2, 3, 4), keepdims=True) + 1e-30)
+    values = losses.centre_divergence(guess, gland)
+    np.testing.assert_allclose(values, [0, 1 / 4.5, 9 / 4.5], atol=1e-3)
+
+
 def test_dice_and_jaccard_are_one_another():
     a, b = ball([11, 12, 12], 4), ball([13, 12, 12], 5)
     d = 1 - losses.dice(a, b)

@@ -6,11 +6,18 @@ import pytest
 import tensorflow as tf
 from scipy import ndimage
 
-from networks import build_network
+from networks import build_network, local_contrast
 from utils import moving_offset, reference_grid, resample
 
 NETWORKS = ("local", "global", "composite", "centred")
-SMALL = {"channels": 2, "global_channels": 2, "max_channels": 16, "first_kernel": 3, "ddf_levels": (0, 1, 2, 3, 4)}
+SMALL = {
+    "channels": 2,
+    "global_channels": 2,
+    "max_channels": 16,
+    "first_kernel": 3,
+    "ddf_levels": (0, 1, 2, 3, 4),
+    "dropout": 0.0,
+}
 
 
 def images(moving_shape, fixed_shape, batch=1, seed=0):
@@ -72,6 +79,16 @@ def test_brightness_and_contrast_of_the_scanner_do_not_matter():
     np.testing.assert_allclose(ddf, model([3 * moving + 1, 0.5 * fixed - 2])["ddf"], atol=1e-3 * np.abs(ddf).max())
 
 
+def test_local_contrast_hardly_sees_a_slow_change_of_the_gain():
+    rng = np.random.default_rng(0)
+    image = ndimage.gaussian_filter(rng.random((24, 24, 24)), 1)
+    image = 0.2 + 0.6 * (image - image.min()) / np.ptp(image)
+    gain = np.exp(-np.arange(24) / 24)[:, None, None]  # fades to a third along the first axis
+    plain, faded = (local_contrast(tf.constant(v[None, ..., None], tf.float32)) for v in (image, image * gain))
+    away = (slice(None), slice(6, -6))  # the mean at the border is of one side only
+    assert np.std(plain[away] - faded[away]) < 0.1 * np.std(plain[away])
+
+
 @pytest.mark.parametrize("levels", [(0,), (4,), (1, 3), (0, 1, 2, 3, 4)])
 def test_ddf_levels_choose_the_heads(levels):
     model = build_network("local", (16, 16, 16), (16, 16, 16), **{**SMALL, "ddf_levels": levels})
@@ -108,7 +125,7 @@ def test_composite_network_is_its_affine_after_its_local_field():
     assert np.abs(affine).max() > 1e-2
 
 
-def test_centred_network_shifts_by_the_distance_of_its_glands():
+def test_centred_network_shifts_by_the_distance_of_the_centres_that_it_expects():
     shapes = (16, 18, 20), (12, 13, 14)
     model = build_network("centred", *shapes, **SMALL)
     inputs = train_a_little(model, *shapes)
@@ -117,9 +134,9 @@ def test_centred_network_shifts_by_the_distance_of_its_glands():
         head.bias.assign([0.0, 0.0, 0.0])
     outputs = model(inputs)
     for k in range(2):
-        moving, fixed = (
-            ndimage.center_of_mass(outputs[name][k, ..., 0].numpy() ** 2) for name in ("moving_gland", "fixed_gland")
-        )
+        chances = [np.exp(outputs[name][k, ..., 0].numpy()) for name in ("moving_centre", "fixed_centre")]
+        np.testing.assert_allclose([chance.sum() for chance in chances], 1, rtol=1e-5)
+        moving, fixed = map(ndimage.center_of_mass, chances)
         shift = np.subtract(moving, fixed) - moving_offset(*shapes)
         assert np.abs(shift).max() > 0.01
         np.testing.assert_allclose(outputs["ddf"][k], np.broadcast_to(shift, (*shapes[1], 3)), atol=1e-3)

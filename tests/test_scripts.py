@@ -21,8 +21,8 @@ import helpers
 import inference
 import results
 import train
-from networks import centre_of_mass
-from utils import moving_offset
+from networks import build_network
+from utils import centroids, moving_offset
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -171,11 +171,34 @@ def test_views_are_turned_back(rng):
         return np.exp(-0.5 * (distance / 2) ** 2)[None, ..., None].astype(np.float32)
 
     def network(images):
-        way = centre_of_mass(images[0]) - centre_of_mass(images[1]) - offset
-        return {"ddf": tf.zeros([1, *fixed_shape, 3]) + way[:, None, None, None]}
+        way = centroids(images[0] ** 2) - centroids(images[1] ** 2) - offset
+        return {"ddf": tf.zeros([1, *fixed_shape, 3]) + way[:, None, None]}
 
     ddf = inference.make_predict(settings, network)(blob(moving_shape, (20, 14, 17)), blob(fixed_shape, (10, 17, 12)))
     np.testing.assert_allclose(ddf, np.broadcast_to((20, 14, 17) - offset - (10, 17, 12), ddf.shape), atol=0.1)
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_a_pair_turned_and_bent_alike_needs_no_field(monkeypatch, alike):
+    """Images and labels of both sides, and the labels that the field warps, are moved by one and the same map."""
+    shape = (16, 18, 20)
+    words = {"network": "local", "channels": 2, "first_kernel": 3, "batch_size": 2, "similarity_scales": (0.0,)}
+    settings = config.Config(moving_shape=shape, fixed_shape=shape, **words)
+    affine = np.array([[[1.1, 0.1, 0, 1], [-0.1, 0.9, 0.1, -1], [0, 0.1, 1, 0.5]]] * 2, np.float32)
+    index = np.indices(shape, np.float32)
+    bend = 1.5 * np.stack([np.sin(index[(k + 1) % 3] / 4 + k) for k in range(3)], axis=-1)[None]
+    bends = [bend, bend if alike else -bend]
+    monkeypatch.setattr(train, "random_affine", lambda *drawn: tf.constant(affine))
+    monkeypatch.setattr(train, "random_elastic", lambda *drawn: tf.constant(np.repeat(bends.pop(0), 2, 0)))
+    network = build_network(**config.network_settings(settings))  # its field is zero at first
+    optimizer = tf.keras.optimizers.Adam()
+    optimizer.build(network.trainable_variables)
+    step, _ = train.make_steps(settings, network, optimizer)
+    ball = (np.linalg.norm(np.moveaxis(index, 0, -1) - (9, 8, 10), axis=-1) < 4).astype(np.float32)
+    label = np.repeat(ball[None, ..., None], 2, axis=0)
+    sides = {f"{side}_{what}": label for side in ("moving", "fixed") for what in ("image", "labels")}
+    result = step(tf.constant(1), **sides, mask=np.ones((2, 1), np.float32))
+    assert (result["dice"] > 0.999 and result["similarity"] < 1e-4) if alike else result["dice"] < 0.9
 
 
 def test_one_view_is_the_pair_as_it_is(rng):
