@@ -36,9 +36,8 @@ from utils import (
     label_metrics,
     moving_offset,
     random_affine,
-    random_elastic,
-    random_gain,
     random_gamma,
+    random_smooth,
     reference_grid,
     resample,
     transform_points,
@@ -206,19 +205,18 @@ def make_steps(config, network, optimizer):
     def draw_augmentation(step):
         """For the whole batch, so that its meaning does not depend on the number of replicas."""
         seeds = tf.stack([[config.seed, step * 9 + k] for k in range(9)])
-        size, number, greys = config.affine_augmentation, config.batch_size, config.intensity_augmentation
+        number, greys = config.batch_size, config.intensity_augmentation
+        mirror = tf.where(tf.random.stateless_uniform([number], seeds[0]) < 0.5, -1.0, 1.0)
+        position = config.affine_augmentation, mirror, config.mirror_axis
         bend = config.elastic_augmentation / config.voxel_size
-        side = tf.where(tf.random.stateless_uniform([number], seeds[0]) < 0.5, -1.0, 1.0)
-        return {
-            "moving_affine": random_affine(seeds[1], number, config.moving_shape, size, side, config.mirror_axis),
-            "fixed_affine": random_affine(seeds[2], number, config.fixed_shape, size, side, config.mirror_axis),
-            "moving_bend": random_elastic(seeds[3], number, config.moving_shape, bend),
-            "fixed_bend": random_elastic(seeds[4], number, config.fixed_shape, bend),
-            "moving_gamma": random_gamma(seeds[5], number, greys),
-            "fixed_gamma": random_gamma(seeds[6], number, greys),
-            "moving_gain": random_gain(seeds[7], number, config.moving_shape, 0.6 * greys),
-            "fixed_gain": random_gain(seeds[8], number, config.fixed_shape, 0.6 * greys),
-        }
+        drawn = {}
+        for k, (side, shape) in enumerate({"moving": config.moving_shape, "fixed": config.fixed_shape}.items(), 1):
+            drawn[f"{side}_affine"] = random_affine(seeds[k], number, shape, *position)
+            drawn[f"{side}_bend"] = random_smooth(seeds[k + 2], number, shape, 5, 3, bend)
+            drawn[f"{side}_gamma"] = random_gamma(seeds[k + 4], number, greys)
+            gain = random_smooth(seeds[k + 6], number, shape, 3, 1, 0.6 * greys)  # as of coils, or a probe's contact
+            drawn[f"{side}_gain"] = tf.exp(gain)
+        return drawn
 
     def replica_step(moving_image, fixed_image, moving_labels, fixed_labels, mask, **drawn):
         moving = [moving_image, moving_labels[..., :1]]  # the gland's own copy, for the network that looks for it

@@ -149,25 +149,18 @@ def random_affine(seed, batch_size, shape, amount, mirror, mirror_axis):
     return tf.concat([matrix, shift[..., None]], axis=-1)
 
 
-def random_elastic(seed, batch_size, shape, amount):
-    """Random smooth displacements in voxels, as of soft tissue: (B, *shape, 3).
+def random_smooth(seed, batch_size, shape, places, channels, amount):
+    """Random numbers that vary slowly: (B, *shape, channels).
 
-    Normal with standard deviation `amount` at 5 x 5 x 5 places, and interpolated between.
+    They are normal with standard deviation `amount` at places^3 points, and interpolated between.
     """
-    return resize(tf.random.stateless_normal([batch_size, 5, 5, 5, 3], seed) * amount, shape)
+    numbers = tf.random.stateless_normal([batch_size, places, places, places, channels], seed)
+    return resize(numbers * amount, shape)
 
 
 def random_gamma(seed, batch_size, amount):
     """Random powers for `change_greys`: (B, 1, 1, 1, 1), with logarithms up to +-amount."""
     return tf.exp(tf.random.stateless_uniform([batch_size, 1, 1, 1, 1], seed, -amount, amount))
-
-
-def random_gain(seed, batch_size, shape, amount):
-    """Slowly varying random factors for images (B, X, Y, Z, 1), as receiver coils and a probe's contact make them.
-
-    Their logarithms are normal with standard deviation `amount` at 3 x 3 x 3 places, and interpolated between.
-    """
-    return tf.exp(resize(tf.random.stateless_normal([batch_size, 3, 3, 3, 1], seed) * amount, shape))
 
 
 def change_greys(image, gamma, gain):

@@ -61,14 +61,14 @@ def test_random_affine_mirrors_both_sides_alike_and_keeps_to_its_size():
     np.testing.assert_array_equal(none[0], np.eye(3, 4))
 
 
-def test_random_elastic_is_smooth_and_of_its_size():
-    bend = utils.random_elastic([1, 2], 200, (21, 22, 23), 1.5).numpy()
+def test_random_smooth_is_smooth_and_of_its_size():
+    bend = utils.random_smooth([1, 2], 200, (21, 22, 23), places=5, channels=3, amount=1.5).numpy()
     assert bend.shape == (200, 21, 22, 23, 3)
     assert abs(bend.mean()) < 0.05
     corners = bend[:, ::20, ::21, ::22]  # further in, interpolation averages
     assert corners.std() == pytest.approx(1.5, rel=0.05)
     assert np.diff(bend, axis=1).std() < 0.5 * bend.std()  # 1.4 were neighbours independent
-    assert not utils.random_elastic([1, 2], 2, (5, 6, 7), 0.0).numpy().any()
+    assert not utils.random_smooth([1, 2], 2, (5, 6, 7), 3, 1, 0.0).numpy().any()
 
 
 def test_gaussian_matrices_agree_with_scipy(rng):
