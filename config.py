@@ -55,6 +55,7 @@ class Config:
 
     # Training
     steps: int = 600  # gradient steps
+    local_every: int = 1  # one step in so many teaches all; the others only the centred network's search for the glands
     batch_size: int = 4  # pairs per step
     learning_rate: float = 1e-3  # peak of Adam's warm-up and cosine decay
     labels_per_pair: int = 0  # labels drawn from a pair in each step; 1 = as in the paper, 0 = all
@@ -83,7 +84,8 @@ class Config:
             if not good:
                 raise InputError(f"--{name}: found {getattr(self, name)!r}, expected {expected}")
 
-        for name, most in {"steps": 10**7, "batch_size": 1024, "valid_every": 10**7, "views": 1024}.items():
+        counts = {"steps": 10**7, "local_every": 10**7, "batch_size": 1024, "valid_every": 10**7, "views": 1024}
+        for name, most in counts.items():
             check(name, 1 <= getattr(self, name) <= most, f"1 to {most}")
         for name in ("fixed_shape", "moving_shape"):
             check(name, all(8 <= n <= 512 for n in getattr(self, name)), "three sizes from 8 to 512 voxels")

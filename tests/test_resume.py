@@ -161,8 +161,8 @@ def test_a_loss_that_is_no_number_stops_with_step_cases_and_checkpoint(folders, 
     def make(*arguments):
         train_step, valid_step = make_steps(*arguments)
 
-        def step(number, **batch):
-            result = train_step(number, **batch)
+        def step(number, *words, **batch):
+            result = train_step(number, *words, **batch)
             return result | {"loss": result["loss"] * np.nan} if number == 5 else result
 
         return step, valid_step

@@ -37,7 +37,8 @@ def folders(example):
         "--network local --similarity dice --regulariser bending --ddf_levels 0 2 4",
         "--network global --similarity cross-entropy --regulariser gradient-l2 --labels_per_pair 1",
         "--network composite --similarity mean-squared --regulariser gradient-l1 --mirror_axis -1",
-        "--network centred --labels_per_pair 1 --similarity jaccard --similarity_scales 0 --cross_patient 0 --folds 3",
+        "--network centred --labels_per_pair 1 --similarity jaccard --similarity_scales 0 --cross_patient 0 --folds 3 "
+        "--local_every 3",
     ],
 )
 def test_every_option_trains_and_registers(options, example, tmp_path, call):
@@ -203,6 +204,29 @@ def test_a_pair_turned_and_bent_alike_needs_no_field(monkeypatch, alike):
     sides = {f"{side}_{what}": label for side in ("moving", "fixed") for what in ("image", "labels")}
     result = step(tf.constant(1), **sides, mask=np.ones((2, 1), np.float32))
     assert (result["dice"] > 0.999 and result["similarity"] < 1e-4) if alike else result["dice"] < 0.9
+
+
+def test_a_step_that_does_not_teach_all_teaches_the_search_alone(rng):
+    shape = (12, 12, 12)
+    settings = config.Config(moving_shape=shape, fixed_shape=shape, channels=2, first_kernel=3)
+    network = build_network(**config.network_settings(settings))
+    maps = [output for name, output in network.output.items() if name != "ddf"]
+    search = {weight.path for weight in tf.keras.Model(network.inputs, maps).trainable_variables}
+    optimizer = tf.keras.optimizers.Adam(0.01)
+    optimizer.build(network.trainable_variables)
+    step, _ = train.make_steps(settings, network, optimizer)
+    images, labels = (rng.random((4, *shape, 1)).astype(np.float32) for _ in range(2))
+    batch = {f"{side}_image": images for side in ("moving", "fixed")} | {"mask": np.ones((4, 1), np.float32)}
+    batch |= {f"{side}_labels": labels for side in ("moving", "fixed")}
+
+    def taught_by(number, teaches_all):
+        before = {weight.path: weight.numpy() for weight in network.trainable_variables}
+        step(tf.constant(number), teaches_all, **batch)
+        return {weight.path for weight in network.trainable_variables if np.any(weight != before[weight.path])}
+
+    step(tf.constant(1), **batch)  # from here on no weight is held at zero
+    assert taught_by(2, False) == search
+    assert taught_by(3, True) > search
 
 
 def test_one_view_is_the_pair_as_it_is(rng):
