@@ -114,7 +114,7 @@ def main():
         if not valid_pairs or row["valid_loss"] < done["best_loss"]:  # without validation the last are the best known
             done["best_loss"] = row.get("valid_loss", done["best_loss"])
             helpers.save_weights(network, model_dir / settings.BEST_NAME)
-        tqdm.write(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
+        tqdm.write(", ".join(f"{name} {value}" for name, value in row.items()))
 
     def kept():
         return f"{checkpoint} is of step {saved}" if saved else "no checkpoint yet"
