@@ -185,7 +185,7 @@ def make_steps(config, network, optimizer):
         return resample(labels, transform_points(points, affine, config.moving_shape) + resample(bend, points))
 
     def compare(outputs, moving_labels, fixed_labels, mask, moving_gland, *moving_place):
-        """The loss of what the network gave, its parts, and two figures that a person can read."""
+        """The loss of what the network gave, its parts and, with a field, two figures that a person can read."""
         gland = centre = 0.0  # how far the centred network's maps are from the two glands, and from their centres
         if search:
             for side, label in {"moving": moving_gland, "fixed": fixed_labels[..., :1]}.items():
