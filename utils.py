@@ -87,8 +87,9 @@ def apply_along_axes(volume, matrices):
         shape = list(volume.shape)
         n_out, n_in = matrix.shape
         after = int(np.prod(shape[axis + 1 :]))
-        if after == 1:  # the last axis: one large product in place of many small ones
-            volume = tf.matmul(tf.reshape(volume, [-1, n_in]), matrix, transpose_b=True)
+        if after <= 8:  # the last axis, few channels: one large product, with many zeros, in place of many small ones
+            of_all_channels = np.kron(matrix, np.eye(after, dtype=np.float32))
+            volume = tf.matmul(tf.reshape(volume, [-1, n_in * after]), of_all_channels, transpose_b=True)
         else:
             volume = tf.matmul(matrix, tf.reshape(volume, [-1, n_in, after]))
         volume = tf.reshape(volume, [-1, *shape[1:axis], n_out, *shape[axis + 1 :]])

@@ -80,8 +80,9 @@ def test_gaussian_matrices_agree_with_scipy(rng):
     np.testing.assert_allclose(filters[0].sum(axis=1), 1, rtol=1e-6)
 
 
-def test_axes_are_not_confused(rng):
-    volume = rng.random((2, 3, 4, 5, 2), np.float32)
+@pytest.mark.parametrize("channels", [1, 2, 9])  # few and many go different ways
+def test_axes_are_not_confused(rng, channels):
+    volume = rng.random((2, 3, 4, 5, channels), np.float32)
     a, b, c = (rng.random((n + 1, n), np.float32) for n in (3, 4, 5))
     expected = np.einsum("ai,bj,ck,nijkl->nabcl", a, b, c, volume)
     np.testing.assert_allclose(utils.apply_along_axes(volume, [a, b, c]), expected, rtol=1e-5)
