@@ -175,7 +175,7 @@ def find_gland(image, channels, max_channels, dropout):
     x = layers.SpatialDropout3D(dropout)(x)
     for skip in finer:
         x = up_block(x, layers.SpatialDropout3D(dropout / 2)(skip), normalised_block)
-    scores = upsample(layers.Conv3D(2, 1, kernel_initializer="zeros")(x), image.shape[1:4])
+    scores = upsample(layers.Conv3D(2, 3, padding="same", kernel_initializer="zeros")(x), image.shape[1:4])
     gland, centre = layers.Lambda(lambda v: tf.split(v, 2, axis=-1))(scores)
     gland = layers.Lambda(tf.sigmoid)(gland)
     centre = layers.Lambda(lambda v: v - tf.reduce_logsumexp(v, [1, 2, 3], keepdims=True))(centre)
