@@ -160,7 +160,7 @@ def main():
 def make_steps(config, network, optimizer):
     """The training step (augment, predict, warp the labels, compare, descend) and the validation step.
 
-    A training step that does not teach all teaches the centred network's search for the glands alone, in half the time.
+    A training step that does not teach all teaches the centred network's search for the glands alone, in less time.
     On several devices each replica takes its share of the batch, and the gradients' mean is what all of them apply.
     """
     found = {name: output for name, output in network.output.items() if name != "ddf"}
