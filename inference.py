@@ -180,12 +180,18 @@ def make_predict(config, network):
     """A function from the images (1, ..., 1) of a pair to its ddf (X, Y, Z, 3), the mean over `views` of the pair.
 
     A view is the pair as training might have shown it, both volumes under one affine A about their centres. What the
-    network says there of the point A^-1 i is, turned by A, the displacement of i. Mistakes differ between views.
+    network says there of the point A^-1 i is, turned by A, the displacement of i. Mistakes differ between views. For
+    each there is its opposite, turned and scaled as much the other way, so that what is wrong in proportion cancels
+    (antithetic variates, Hammersley and Morton 1956, doi 10.1017/S0305004100031455).
     """
     moving_grid, fixed_grid = reference_grid(config.moving_shape)[None], reference_grid(config.fixed_shape)[None]
-    side = tf.constant([(-1.0) ** k for k in range(config.views)])
-    amount = config.affine_augmentation if config.views > 1 else 0.0
-    affines = random_affine([config.seed, 0], config.views, config.fixed_shape, amount, side, config.mirror_axis)
+    count = (config.views + 1) // 2
+    mirror = tf.constant([(-1.0) ** k for k in range(count)]), config.mirror_axis
+    largest = config.affine_augmentation if config.views > 1 else 0.0
+    drawn, plain = (
+        random_affine([config.seed, 0], count, config.fixed_shape, amount, *mirror) for amount in (largest, 0.0)
+    )
+    affines = tf.concat([drawn, 2 * plain - drawn], axis=0)[: config.views]
     affines *= tf.constant([1.0, 1.0, 1.0, 0.0])  # no shift
     inverses = tf.concat([tf.linalg.inv(affines[:, :, :3]), affines[:, :, 3:]], axis=-1)
 

@@ -179,6 +179,16 @@ def test_views_are_turned_back(rng):
     np.testing.assert_allclose(ddf, np.broadcast_to((20, 14, 17) - offset - (10, 17, 12), ddf.shape), atol=0.1)
 
 
+def test_opposite_views_cancel():
+    """What a network says however the pair is turned comes back turned, and unchanged on average over opposites."""
+    shape, said = (10, 11, 12), np.array([3, -2, 1], np.float32)
+    grids = {"moving_shape": shape, "fixed_shape": shape}
+    settings = config.Config(views=4, affine_augmentation=0.3, mirror_axis=-1, **grids)
+    predict = inference.make_predict(settings, lambda images: {"ddf": tf.zeros([1, *shape, 3]) + said})
+    image = np.zeros((1, *shape, 1), np.float32)
+    np.testing.assert_allclose(predict(image, image), np.broadcast_to(said, (*shape, 3)), atol=1e-5)
+
+
 @pytest.mark.parametrize("alike", [True, False])
 def test_a_pair_turned_and_bent_alike_needs_no_field(monkeypatch, alike):
     """Images and labels of both sides, and the labels that the field warps, are moved by one and the same map."""
