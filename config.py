@@ -75,7 +75,7 @@ class Config:
     points: str = ""  # with such a pair: .fcsv, .mrk.json or .csv file of points in mm to carry to the other image
     points_on: Literal["moving", "fixed"] = "moving"  # the image that they lie on
     points_frame: Literal["file", "RAS", "LPS"] = "file"  # their coordinates; a .csv file does not say which
-    views: int = 8  # turned, scaled and mirrored copies of a pair whose DDFs are averaged; 1 = the pair as it is
+    views: int = 8  # copies of a pair, turned, scaled and mirrored in opposites, whose DDFs are averaged; 1 = as it is
     weights: Literal["best", "last"] = "best"  # by validation loss, or of the last step
     output_dir: str = "output"  # warped volumes, displacement fields, pictures and metrics; made if missing
 
