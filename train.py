@@ -73,7 +73,9 @@ def main():
 
     first = helpers.read_batch(prepared, draw(0))
     signature = {name: tf.TensorSpec(array.shape, array.dtype) for name, array in first.items()}
-    dataset = tf.data.Dataset.from_generator(batches, output_signature=signature).prefetch(4)
+    options = tf.data.Options()
+    options.autotune.enabled = False  # nothing to tune; its thread kept a finished training waiting, at times 40 s
+    dataset = tf.data.Dataset.from_generator(batches, output_signature=signature).prefetch(4).with_options(options)
 
     # -- Network: it never sees a label ----------------------------------------------------------------------------
     warm_up, peak = config.steps // 10, config.learning_rate
