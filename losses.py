@@ -65,12 +65,14 @@ def mean_over_labels(values, mask):
 def centre_divergence(log_probability, gland, sigma=1.5):
     """Kullback-Leibler divergence, in nats, of a Gaussian of `sigma` voxels about the gland's centroid from a guess.
 
-    log_probability: (B, X, Y, Z, 1), of each voxel to be the centre; gland: (B, X, Y, Z, 1). Returns (B,), 0 = equal.
+    log_probability: (B, X, Y, Z, 1), of each voxel to be the centre; gland: (B, X, Y, Z, 1). Returns (B,), 0 = equal,
+    or no gland there to have a centre.
     """
-    batch = tf.shape(gland)[0]
+    batch, there = tf.shape(gland)[0], tf.reduce_max(gland, [1, 2, 3, 4]) > 0
     away = reference_grid(gland.shape[1:4]) - centroids(gland)[:, :, None, None]
     target = tf.nn.log_softmax(tf.reshape(-tf.reduce_sum(away**2, -1) / (2 * sigma**2), [batch, -1]))
-    return tf.reduce_sum(tf.exp(target) * (target - tf.reshape(log_probability, [batch, -1])), -1)
+    divergence = tf.reduce_sum(tf.exp(target) * (target - tf.reshape(log_probability, [batch, -1])), -1)
+    return tf.where(there, divergence, 0.0)
 
 
 # -- Deformation regularisation: ddf (B, X, Y, Z, 3) in voxels -> scalar -------------------------------------------

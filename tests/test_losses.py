@@ -46,6 +46,7 @@ def test_centre_divergence_of_shifted_gaussians():
     guess = np.log(guess / guess.sum((1, 2, 3, 4), keepdims=True) + 1e-30)
     values = losses.centre_divergence(guess, gland)
     np.testing.assert_allclose(values, [0, 1 / 4.5, 9 / 4.5], atol=1e-3)
+    assert not np.any(losses.centre_divergence(guess, np.zeros_like(gland)))  # no gland teaches no place
 
 
 def test_dice_and_jaccard_are_one_another():
