@@ -157,17 +157,19 @@ def viewer(fixed, warped, affine, labels):
     import plotly.express as px
 
     spacing = canonical_spacing(fixed, affine)
-    step = max(spacing.min(), (spacing * canonical(fixed, affine).shape).max() / 72)
+    shape = np.array(canonical(fixed, affine).shape)
+    factor = spacing / max(spacing.min(), (spacing * shape).max() / 72)
+    factor = np.maximum(factor, 2 / shape)  # a slider wants two slices
     colours = {"fixed": GREEN, "before": ORANGE, "after": ORANGE}
     panels = []
     for kind, volume in {"fixed": fixed, **warped}.items():
-        small = ndimage.zoom(canonical(volume, affine), spacing / step, order=1)
+        small = ndimage.zoom(canonical(volume, affine), factor, order=1)
         low, high = grey_limits(small)
         grey = 4 * np.clip((small - low) / (high - low) * 63, 0, 63).astype(np.uint8)
         panel = np.repeat(grey[..., None], 3, axis=-1)
         for shown in dict.fromkeys(["fixed", kind]) if labels else ():
             for label in np.moveaxis(canonical(labels[shown], affine), -1, 0):
-                inside = ndimage.zoom(label, spacing / step, order=1) > 0.5
+                inside = ndimage.zoom(label, factor, order=1) > 0.5
                 outline = inside & ~ndimage.binary_erosion(inside, ndimage.generate_binary_structure(3, 1)[:, :, 1:2])
                 panel[outline] = np.round(255 * np.array(to_rgb(colours[shown])))
         panels.append(np.moveaxis(panel, (2, 1, 0), (0, 1, 2)))  # slice, row, column, colour

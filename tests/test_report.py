@@ -63,6 +63,15 @@ def test_the_viewer_shows_each_slice_of_each_volume_with_its_outlines(pair):
         assert [orange in c for c in colours] == [False, bool(labels), bool(labels)]
 
 
+def test_thin_volumes_have_a_slider_too():
+    for shape, spacing in (((200, 200, 3), 1.0), ((200, 150, 2), 0.5)):
+        image = ball(shape, (100, 80, 1), 20)
+        label = (image > 0.5)[..., None].astype(np.float32)
+        labels = dict.fromkeys(("fixed", "before", "after"), label)
+        page = pictures.viewer(image, {"before": image, "after": image}, np.diag([spacing] * 3 + [1]), labels)
+        assert len(re.findall(r'"source":"data:image', page)) == 3 * (2 + 1)
+
+
 def test_a_picture_shows_folding_and_needs_no_labels(pair, tmp_path):
     determinant = np.ones((20, 18, 12))
     ddf = np.zeros((20, 18, 12, 3), np.float32)
