@@ -35,10 +35,13 @@ def main():
     rows, seen = [], {}
     for folder in words.folders:
         found = read(Path(folder) / "metrics.csv")
-        for case in {row["case"] for row in found}:
-            if seen.setdefault(case, folder) != folder:
-                raise settings.InputError(f"{folder}: case {case} is in {seen[case]} too; expected each case once")
+        cases = {row["case"] for row in found}
+        for case in sorted(cases & seen.keys()):
+            raise settings.InputError(f"{folder}: case {case} is in {seen[case]} too; expected each case once")
+        seen |= dict.fromkeys(cases, folder)
         rows += found
+    if Path(words.output_dir).resolve() in [Path(folder).resolve() for folder in words.folders]:
+        raise settings.InputError(f"--output_dir: found {words.output_dir}, expected none of those gathered")
     print(save(helpers.make_folder(words.output_dir), rows), end="")
 
 
@@ -48,9 +51,10 @@ def read(path):
         with path.open(newline="") as file:
             reader = csv.DictReader(file)
             rows = [{name: text for name, text in row.items() if text} for row in reader]
-        if not rows or not set(COLUMNS) <= set(reader.fieldnames):
+        if not rows or not set(COLUMNS) <= set(reader.fieldnames) or not all("case" in row for row in rows):
             raise ValueError("found no rows with its columns")
-        return [{name: text if name == "case" else float(text) for name, text in row.items()} for row in rows]
+        kinds = {"case": str, "label": int}
+        return [{name: kinds.get(name, float)(text) for name, text in row.items()} for row in rows]
     except OSError as error:
         raise settings.InputError(f"{path}: {error.strerror}; expected the metrics.csv of inference.py") from None
     except (ValueError, TypeError, csv.Error) as error:
@@ -91,32 +95,41 @@ def counts(row, name):
 
 
 def rms_tre(landmarks):
-    """The RMS TRE of a pair as entries of its first row; from the rows of its landmarks."""
-    names = [(f"rms_tre_{when}_mm", [row[f"tre_{when}_mm"] for row in landmarks]) for when in TIMES]
-    return {name: np.sqrt(np.nanmean(np.square(tre))) for name, tre in names if not np.isnan(tre).all()}
+    """The RMS TRE of a pair as entries of its first row; from the rows of its landmarks, those out of view left out."""
+    names = [(f"rms_tre_{when}_mm", np.array([row[f"tre_{when}_mm"] for row in landmarks])) for when in TIMES]
+    return {name: np.sqrt(np.mean(known(tre) ** 2)) for name, tre in names if tre.size}
 
 
 def line(rows):
     """The measures of one pair in a line: its name, and each median before and after."""
-    medians = {title: [np.nanmedian(measured) for measured in both] for title, both in values(rows).items()}
+    medians = {title: [np.median(known(measured)) for measured in both] for title, both in values(rows).items()}
     return "; ".join([rows[0]["case"], *("{} {:.2f} to {:.2f}".format(title, *m) for title, m in medians.items())])
+
+
+def known(measured):
+    """The values less those of what was lost; a single NaN where nothing is left."""
+    left = measured[~np.isnan(measured)]
+    return left if left.size else np.array([np.nan])
 
 
 def summary(rows):
     """Median [quartiles] and worst of each measure, before and after, as text."""
     lines = [f"{len({row['case'] for row in rows})} pairs: median [quartiles] worst{'before':>15}{'after':>29}"]
     for title, both in values(rows).items():
-        worst = np.nanmin if "Dice" in title else np.nanmax
+        worst = np.min if "Dice" in title else np.max
         cells = []
-        for measured in both:
-            low, middle, high = np.nanpercentile(measured, [25, 50, 75])
+        for measured in map(known, both):
+            low, middle, high = np.percentile(measured, [25, 50, 75])
             cells.append(f"{middle:.2f} [{low:.2f} {high:.2f}] {worst(measured):.2f}")
         lines.append(f"{title:<30}{cells[0]:>29}{cells[1]:>29}")
     landmarks = [row for row in rows if "tre_after_mm" in row and counts(row, "tre")]
     if landmarks:
         lost = [row for row in landmarks if np.isnan(row["tre_after_mm"])]
         lines.append(f"landmarks warped out of the field of view, in no TRE: {len(lost)} of {len(landmarks)}")
-        lines += [f"  {row['case']}, label {row['label']:.0f}" for row in lost]
+        lines += [f"  {row['case']}, label {row['label']}" for row in lost]
+    gone = [row["case"] for row in rows if np.isnan(row.get("hd95_after_mm", 0))]
+    if gone:
+        lines.append(f"glands warped out of the field of view, in no HD95: {', '.join(gone)}")
     folded = [row["folded_percent"] for row in rows if "folded_percent" in row]
     lines.append(f"voxels folded: {np.mean(folded):.4f} % on average, {max(folded):.4f} % at worst")
     return "\n".join(lines) + "\n"

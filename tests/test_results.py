@@ -1,5 +1,7 @@
 """The table and the picture of a run, and the folds of a cross-validation gathered."""
 
+import warnings
+
 import numpy as np
 import pytest
 
@@ -34,6 +36,17 @@ def test_a_lost_landmark_is_counted_and_in_no_tre():
     assert "TRE, mm 10.00 to 3.00" in results.line(rows[:3])
 
 
+def test_a_pair_that_lost_all_is_counted_without_a_warning():
+    rows = case("a", 0.8, [3.0, 5.0]) + case("b", 0.0, [np.nan])
+    rows[3]["hd95_after_mm"] = np.nan
+    with warnings.catch_warnings(action="error"):
+        text = results.summary(rows)
+        assert "TRE, mm nan to nan" not in results.line(rows[:3])
+        assert "gland HD95, mm 9.00 to nan" in results.line(rows[3:])
+    assert "in no HD95: b\n" in text and "in no TRE: 1 of 3\n  b, label 1\n" in text
+    assert "3.00 [3.00 3.00] 3.00" in text and "4.00 [3.50 4.50] 5.00" in text
+
+
 def test_folds_are_gathered_as_if_they_had_been_one_run(tmp_path, call):
     folds = [case("a", 0.8, [3.0, np.nan]), case("b", 0.9, [6.0]) + case("c", 0.7, [1.0])]
     for number, rows in enumerate(folds):
@@ -43,11 +56,19 @@ def test_folds_are_gathered_as_if_they_had_been_one_run(tmp_path, call):
     assert status == 0 and out == results.summary(folds[0] + folds[1]), err
     assert out == (tmp_path / "all" / "summary.txt").read_text()
     assert (tmp_path / "all" / "boxplot.png").stat().st_size > 5000
-    status, _, err = call(results, tmp_path / "0", tmp_path / "all", "--output_dir", tmp_path / "twice")
-    assert status == 2 and "case a" in err and not (tmp_path / "twice").exists()
+    assert (tmp_path / "all" / "metrics.csv").read_text().count("\na,1,") == 1
+    for again in ("all", "0"):
+        status, _, err = call(results, tmp_path / "0", tmp_path / again, "--output_dir", tmp_path / "twice")
+        assert status == 2 and "case a" in err and not (tmp_path / "twice").exists()
+    status, _, err = call(results, tmp_path / "0", tmp_path / "1", "--output_dir", tmp_path / "1")
+    assert status == 2 and err.startswith("error: --output_dir: found") and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("text", [None, "", "case,label\na,1\n", "case,label\na,b\n", "case,label\na,1,2,3\n"])
+COLUMNS = ",".join(results.COLUMNS)
+NO_TABLES = [None, "", "case,label\na,1\n", "case,label\na,1,2,3\n", f"{COLUMNS}\n,1\n", f"{COLUMNS}\na,b\n"]
+
+
+@pytest.mark.parametrize("text", NO_TABLES)
 def test_what_is_no_table_of_measures_is_named(text, tmp_path, call):
     if text is not None:
         (tmp_path / "metrics.csv").write_text(text)
