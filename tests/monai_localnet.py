@@ -27,9 +27,9 @@ from monai.losses import BendingEnergyLoss, DiceLoss, MultiScaleLoss
 from monai.networks.nets import LocalNet
 from torch.nn.functional import affine_grid, grid_sample
 from tqdm import tqdm
+from true_centroids import measure_ddf
 
 import helpers
-import inference
 import results
 from utils import moving_offset
 
@@ -104,7 +104,7 @@ def main():
         with torch.no_grad():
             ddf = predict(*(to_torch(v.image[None].astype(np.float32)) for v in (network_moving, network_fixed)))
         grids = network_fixed.affine, network_moving.affine, OFFSET
-        rows += inference.measure_ddf(pair.case, moving, fixed, ddf[0].numpy(), *grids)
+        rows += measure_ddf(pair.case, moving, fixed, ddf[0].numpy(), *grids)
     print(f"{step} steps in {minutes:.1f} minutes\n{results.save(helpers.make_folder(words.output_dir), rows)}", end="")
 
 

@@ -37,8 +37,17 @@ def main():
             for side, grid in zip((moving, fixed), on_grids, strict=True)
         )
         shift = np.zeros((*config.fixed_shape, 3), np.float32) + (there - here - offset).astype(np.float32)
-        rows += inference.measure_ddf(pair.case, moving, fixed, shift, on_grids[1].affine, on_grids[0].affine, offset)
+        rows += measure_ddf(pair.case, moving, fixed, shift, on_grids[1].affine, on_grids[0].affine, offset)
     print(results.save(helpers.make_folder(config.output_dir), rows), end="")
+
+
+def measure_ddf(case, moving, fixed, ddf, *grids):
+    """Rows of metrics.csv for any DDF (X, Y, Z, 3) between two Volumes with labels; grids as of displacement_on."""
+    labels = {"fixed": fixed.labels}
+    for when, field in (("before", np.zeros_like(ddf)), ("after", ddf)):
+        displacement = helpers.displacement_on(fixed.image.shape, fixed.affine, field, *grids)
+        labels[when] = helpers.warp_to_fixed(moving.labels, moving.affine, displacement, fixed.affine)
+    return inference.measure_pair(case, labels, fixed.affine, ddf)
 
 
 if __name__ == "__main__":
