@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 EXAMPLE_DIR = Path(__file__).resolve().parent / "data" / "example"
-CONFIG_NAME, CHECKPOINT_NAME = "config.json", "checkpoint.npz"
+CONFIG_NAME, CHECKPOINT_NAME, PATIENTS_NAME = "config.json", "checkpoint.npz", "patients.csv"
 BEST_NAME, LAST_NAME = "best.weights.h5", "last.weights.h5"
 
 

@@ -48,7 +48,8 @@ def case_name(path):
 def find_pairs(folder, labels="required"):
     """The pairs of a data set: one NIfTI file per case in each of its four folders, under the same name.
 
-    labels="optional" takes a data set without its two label folders too.
+    labels="optional" takes a data set without its two label folders too. Without patients.csv each case is its own
+    patient.
     """
     folder = Path(folder)
     names = FOLDERS
@@ -68,25 +69,23 @@ def find_pairs(folder, labels="required"):
     missing = [f"{folder / n / c}.nii.gz" for c in cases for n in names if c not in files[n]]
     if missing:
         raise InputError("\n".join(f"{path}: missing; expected in all of {', '.join(names)}" for path in missing))
-    patients = read_patients(folder / "patients.csv", cases)
+    table = folder / "patients.csv"
+    patients = read_patients(table) if table.exists() else {case: case for case in cases}
+    unknown = [case for case in cases if not patients.get(case)]
+    if unknown:
+        raise InputError(f"{table}: found no patient for case {unknown[0]}; expected a line for every case")
     truth = {case_name(p): p for p in folder.glob("true_displacement/*.nii.gz")}
     paths = {c: {name.replace("images", "image"): files[name][c] for name in names} for c in cases}
     return [Pair(c, patients[c], **paths[c], true_displacement=truth.get(c)) for c in cases]
 
 
-def read_patients(path, cases):
-    """Patient of each case, from the columns case and patient; without the file each case is its own patient."""
-    if not path.exists():
-        return {case: case for case in cases}
+def read_patients(path):
+    """{case: patient}, from the columns case and patient."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            patients = {row["case"]: row["patient"] for row in csv.DictReader(file)}
+            return {row["case"]: row["patient"] for row in csv.DictReader(file)}
     except (OSError, KeyError, csv.Error, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error!r}); expected a CSV file with columns case,patient") from None
-    missing = [case for case in cases if not patients.get(case)]
-    if missing:
-        raise InputError(f"{path}: found no patient for case {missing[0]}; expected a line for every case")
-    return patients
 
 
 def find_test_pairs(folds, fold, train_dir, test_dir):
@@ -108,11 +107,25 @@ def split_fold(pairs, folds, fold):
     return [p for p in pairs if p.patient not in held_out], [p for p in pairs if p.patient in held_out]
 
 
+def check_patients(path, trained=None, held_out=()):
+    """The training that wrote `path` must have been of just the pairs `trained`, and of no patient of `held_out`.
+
+    Neither holds any more where cases came or went, for then the patients are dealt into other folds.
+    """
+    known = read_patients(path)
+    if trained is not None and (other := known.items() ^ {pair.case: pair.patient for pair in trained}.items()):
+        case, patient = min(other)
+        raise InputError(f"{path}: case {case} of patient {patient} came or went since; expected the same data set")
+    for pair in held_out:
+        if pair.patient in known.values():
+            raise InputError(f"{path}: found patient {pair.patient}, expected none held out; has the data set changed?")
+
+
 # -- Read and check ------------------------------------------------------------------------------------------------
 
 
 def read_nifti(path):
-    """Voxels as stored (float32) and the voxel-to-world matrix (4, 4) of a NIfTI file, checked."""
+    """Voxels (float32; one volume is 3D) and the voxel-to-world matrix (4, 4) of a NIfTI file, checked."""
     try:
         image = nib.load(path)
         if not isinstance(image, nib.Nifti1Pair):
@@ -137,14 +150,21 @@ def read_nifti(path):
         raise InputError(f"{path}: found a singular header matrix {affine[:3].tolist()}, expected three directions")
     if not np.isfinite(data).all():
         raise InputError(f"{path}: found {np.sum(~np.isfinite(data))} NaN or infinite voxels, expected none")
-    return data, affine
+    return data[..., 0] if data.shape[3:] == (1,) else data, affine
+
+
+def warn_of_frame(path):
+    """Programs differ over where an image lies whose header does not say it, or says it in two ways."""
+    header = nib.load(path).header
+    forms = [form for form, code in (header.get_sform(coded=True), header.get_qform(coded=True)) if code]
+    if not forms or not np.allclose(forms[0], forms[-1], atol=0.01):
+        found = "two frames that differ" if forms else "no frame"
+        tqdm.write(f"warning: {path}: found {found} in its header (sform, qform), expected one; ITK may read another")
 
 
 def read_image(path):
     """A 3D image: voxels (any shape) and voxel-to-world matrix."""
     data, affine = read_nifti(path)
-    if data.ndim == 4 and data.shape[3] == 1:
-        data = data[..., 0]
     if data.ndim != 3 or min(data.shape) < 2:
         raise InputError(f"{path}: found shape {data.shape}, expected 3 dimensions of 2 voxels and more")
     if data.min() == data.max():
@@ -163,8 +183,8 @@ def read_labels(path, image_path, volume):
         raise InputError(f"{path}: found shape {data.shape}, expected 3 dimensions, or 4 with one label in each volume")
     if data.shape[:3] != volume.image.shape:
         raise InputError(f"{path}: found shape {data.shape[:3]}, expected {volume.image.shape} as in {image_path}")
-    last = [*data.shape[:3], 1]
-    if not np.allclose((affine - volume.affine)[:3] @ np.transpose([[0, 0, 0, 1], last]), 0, atol=0.1):
+    ends = np.c_[np.vstack([np.zeros(3), np.diag(data.shape[:3])]), np.ones(4)]  # of the three axes
+    if not np.allclose((affine - volume.affine)[:3] @ ends.T, 0, atol=0.1):
         raise InputError(f"{path}: header matrix differs from that of {image_path}, expected the same grid")
     is_map = data.ndim == 3 and data.max() > 1
     if is_map:

@@ -52,6 +52,8 @@ def main():
         pairs = [helpers.Pair(name, name, Path(config.moving), Path(config.fixed))]
     else:
         pairs = helpers.find_test_pairs(config.folds, config.fold, config.train_dir, config.test_dir)
+        if not config.test_dir:
+            helpers.check_patients(Path(config.model_dir) / settings.PATIENTS_NAME, held_out=pairs)
     helpers.check_pairs(pairs)
     point_file = read_points(config.points, config.points_frame) if config.points else None
     output_dir = helpers.make_folder(config.output_dir)
@@ -69,6 +71,8 @@ def main():
 
     rows, cases, threads = [], [], ThreadPoolExecutor()
     for pair in tqdm(pairs, "registering", unit="pair", disable=None):
+        for path in (pair.moving_image, pair.fixed_image):
+            helpers.warn_of_frame(path)
         moving, fixed = helpers.read_pair(pair)
         grid_settings = settings.grid_settings(config)
         network_moving, network_fixed = helpers.pair_to_network(pair, moving, fixed, *grid_settings)
@@ -101,8 +105,10 @@ def main():
 
         # -- Write: the large files are packed while this goes on ---------------------------------------------------
         folder = helpers.make_folder(output_dir / pair.case)
+        inverse_ddf, first = invert(ddf, config.moving_shape, offset)
+        inverse_grid = network_moving.affine @ nib.affines.from_matvec(np.eye(3), first)
         inverse = helpers.displacement_on(
-            moving.image.shape, moving.affine, invert(ddf, config.moving_shape, offset), *grids[1::-1], -offset
+            moving.image.shape, moving.affine, inverse_ddf, inverse_grid, network_fixed.affine, first - offset
         )
         files = {
             "warped_image": (helpers.write_nifti, images["after"], fixed.affine),
@@ -134,10 +140,18 @@ def main():
 
 
 def invert(ddf, moving_shape, offset):
-    """The DDF (X, Y, Z, 3) the other way, on the moving grid (MX, MY, MZ, 3): k goes to k - offset + inverse(k)."""
-    index = np.indices(moving_shape, float).reshape(3, -1).T
+    """The DDF (X, Y, Z, 3) the other way: moving voxel k goes to k - offset + inverse(k). Returns inverse and first.
+
+    inverse: (..., 3) on the box of voxels, from `first` (3,) on, that holds the moving grid and all that the fixed grid
+    is mapped to, should that be more.
+    """
+    far = np.array(ddf.shape[:3])  # and no further: a wild field is not worth all memory
+    mapped = np.clip(np.moveaxis(np.indices(far), 0, -1) + offset + ddf, -far, moving_shape + far)
+    first = np.minimum(0, np.floor(mapped.min(axis=(0, 1, 2))).astype(int))
+    end = np.maximum(moving_shape, np.ceil(mapped.max(axis=(0, 1, 2))).astype(int) + 1)
+    index = np.indices(end - first, float).reshape(3, -1).T + first
     inverse = invert_points(index, ddf, offset) - index + offset
-    return inverse.reshape(*moving_shape, 3).astype(np.float32)
+    return inverse.reshape(*(end - first), 3).astype(np.float32), first
 
 
 def check_folder(folder, pair):
@@ -218,15 +232,6 @@ def measure_pair(case, labels, affine, ddf):
     first, *landmarks = rows or [{"case": case, "label": ""}]
     first |= results.rms_tre(landmarks) | {"folded_percent": 100 * np.mean(jacobian_determinant(ddf) <= 0)}
     return [first, *landmarks]
-
-
-def measure_ddf(case, moving, fixed, ddf, *grids):
-    """Rows of metrics.csv for any DDF (X, Y, Z, 3) between two Volumes with labels; grids as of displacement_on."""
-    labels = {"fixed": fixed.labels}
-    for when, field in (("before", np.zeros_like(ddf)), ("after", ddf)):
-        displacement = helpers.displacement_on(fixed.image.shape, fixed.affine, field, *grids)
-        labels[when] = helpers.warp_to_fixed(moving.labels, moving.affine, displacement, fixed.affine)
-    return measure_pair(case, labels, fixed.affine, ddf)
 
 
 def measure_label(labels, k, affine):

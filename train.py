@@ -5,8 +5,8 @@
     python train.py --resume                 continues what was interrupted, as if it had not been
     python train.py --help                   every setting
 
-Writes to --model_dir: config.json, best.weights.h5, last.weights.h5, checkpoint.npz, history.csv, history.png,
-TensorBoard events.
+Writes to --model_dir: config.json, patients.csv, best.weights.h5, last.weights.h5, checkpoint.npz, history.csv,
+history.png, TensorBoard events.
 README, "Training".
 """
 
@@ -15,6 +15,7 @@ import config as settings
 settings.import_tensorflow()  # before anything else does
 
 # isort: split
+import json
 import os
 import subprocess
 import sys
@@ -54,11 +55,16 @@ def main():
 
     # -- Data: pairs of images, each pair with as many labels as it happens to have --------------------------------
     if settings.trains_on_examples(config) and not settings.EXAMPLE_DIR.exists():
-        subprocess.run([sys.executable, settings.EXAMPLE_DIR.parent / "make_example_data.py"], check=True)
+        made = subprocess.run([sys.executable, settings.EXAMPLE_DIR.parent / "make_example_data.py"])
+        if made.returncode:
+            sys.exit(made.returncode)  # it has said why
     train_pairs = helpers.find_pairs(config.train_dir)
     if config.folds:
         train_pairs, _ = helpers.split_fold(train_pairs, config.folds, config.fold)
     valid_pairs = helpers.find_pairs(config.valid_dir) if config.valid_dir else []
+    checkpoint = Path(config.model_dir) / settings.CHECKPOINT_NAME
+    if checkpoint.exists():
+        helpers.check_patients(checkpoint.with_name(settings.PATIENTS_NAME), trained=train_pairs)
     pairs = train_pairs + valid_pairs
     prepared = helpers.PreparedPairs(pairs, *settings.grid_settings(config))
     train_numbers, valid_numbers = range(len(train_pairs)), range(len(train_pairs), len(pairs))
@@ -91,8 +97,8 @@ def main():
     # -- Optimise: sample, step, report, validate, save ------------------------------------------------------------
     with helpers.written_aside(model_dir / settings.CONFIG_NAME) as aside:
         aside.write_text(settings.as_json(config))
+    helpers.write_csv(model_dir / settings.PATIENTS_NAME, [{"case": p.case, "patient": p.patient} for p in train_pairs])
     done = {"step": 0, "minutes": 0.0, "best_loss": float("inf"), "history": [], "recent": []}
-    checkpoint = Path(config.model_dir) / settings.CHECKPOINT_NAME
     variables = [*network.variables, *optimizer.variables]
     if config.resume and checkpoint.exists():
         done = helpers.load_checkpoint(checkpoint, variables)
@@ -241,7 +247,8 @@ def make_steps(config, network, optimizer):
             result = compare(outputs, moving_labels, fixed[..., 1:], mask, moving[..., 1:], *moving_place)
         gradients = tape.gradient(result["loss"], taught.trainable_variables)
         gradients, result = tf.distribute.get_replica_context().all_reduce("MEAN", (gradients, result))
-        gradients, _ = tf.clip_by_global_norm(gradients, 1.0)
+        gradients, norm = tf.clip_by_global_norm(gradients, 1.0)
+        result["loss"] = tf.where(tf.math.is_finite(norm), result["loss"], np.nan)  # which ends the training
         shares = [gradient / strategy.num_replicas_in_sync for gradient in gradients]  # Keras sums them up again
         optimizer.apply_gradients(zip(shares, taught.trainable_variables, strict=True))
         return result
@@ -272,11 +279,13 @@ def choose_strategy(config):
     README, "Several devices or machines".
     """
     strategy, is_chief = tf.distribute.get_strategy(), True
-    if "TF_CONFIG" in os.environ:
-        try:
+    try:
+        cluster = json.loads(os.environ.get("TF_CONFIG", "{}")).get("cluster")
+        if cluster:
             strategy = tf.distribute.MultiWorkerMirroredStrategy()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise settings.InputError(f"TF_CONFIG: {error}; expected JSON with cluster and task") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise settings.InputError(f"TF_CONFIG: {error}; expected JSON with cluster and task") from None
+    if cluster:
         resolver = strategy.cluster_resolver
         chief = "chief" if "chief" in resolver.cluster_spec().jobs else "worker"
         is_chief = (resolver.task_type, resolver.task_id) == (chief, 0)

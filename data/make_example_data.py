@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from config import run
 from helpers import FOLDERS, voxel_to_world, write_displacement, write_nifti
 
 PATIENTS = {"train": 48, "valid": 6, "test": 8}
@@ -276,4 +277,4 @@ def main(folder=Path(__file__).parent / "example", seed=2018, patients=PATIENTS)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

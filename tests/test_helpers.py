@@ -220,9 +220,15 @@ def test_pairs_are_found_by_name_and_folds_part_patients(example, tmp_path):
 
 def test_patients_csv_is_read(tmp_path):
     (tmp_path / "patients.csv").write_text("case,patient\na,p1\nb,p1\n")
-    assert helpers.read_patients(tmp_path / "patients.csv", ["a", "b"]) == {"a": "p1", "b": "p1"}
-    with pytest.raises(InputError, match="case c"):
-        helpers.read_patients(tmp_path / "patients.csv", ["a", "c"])
+    assert helpers.read_patients(tmp_path / "patients.csv") == {"a": "p1", "b": "p1"}
+    for folder in helpers.FOLDERS:
+        (tmp_path / folder).mkdir()
+        for case in ("a", "b"):
+            (tmp_path / folder / f"{case}.nii.gz").touch()
+    assert {pair.patient for pair in helpers.find_pairs(tmp_path)} == {"p1"}
+    (tmp_path / "patients.csv").write_text("case,patient\na,p1\nc,p1\n")
+    with pytest.raises(InputError, match="no patient for case b"):
+        helpers.find_pairs(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -281,16 +287,51 @@ def test_a_map_of_integers_is_one_label_for_each(tmp_path):
     image = helpers.Volume(stored.astype(np.float32), affine)
     path = tmp_path / "labels.nii.gz"
     helpers.write_nifti(path, stored, affine)
-    labels, is_map = helpers.read_labels(path, "image", image)
-    assert is_map and labels.shape == (6, 6, 6, 2)
-    for k in (0, 1):
-        np.testing.assert_array_equal(labels[..., k], stored == k + 1)
+    for volumes in (stored, stored[..., None]):  # a fourth dimension of one is as good as none
+        helpers.write_nifti(path, volumes, affine)
+        labels, is_map = helpers.read_labels(path, "image", image)
+        assert is_map and labels.shape == (6, 6, 6, 2)
+        for k in (0, 1):
+            np.testing.assert_array_equal(labels[..., k], stored == k + 1)
     for wrong in (stored * 2, stored * 0.75, stored - 1):  # 2 and 4, of which 1 and 3 are missing; fractions; below 0
         helpers.write_nifti(path, wrong.astype(np.float32), affine)
         with pytest.raises(
             InputError, match="expected 0 to 1, or a map of the integers" if wrong.max() > 1 else "expected 0 to 1"
         ):
             helpers.read_labels(path, "image", image)
+
+
+def test_a_header_that_itk_reads_otherwise_is_named(tmp_path, capsys):
+    """SimpleITK agrees with nibabel about where the image lies unless there is a warning."""
+    sform, qform = np.diag([2.0, 2, 2, 1]), np.diag([2.0, 2, 2, 1])
+    qform[:3, 3] = [5, -4, 3]
+    for codes, warning in {(1, 1): "two frames", (0, 1): "", (1, 0): "", (0, 0): "no frame"}.items():
+        image = nib.Nifti1Image(np.ones((4, 5, 6), np.float32), None)
+        image.set_sform(sform, codes[0])
+        image.set_qform(qform, codes[1])
+        path = tmp_path / "{}{}.nii".format(*codes)
+        nib.save(image, path)
+        helpers.warn_of_frame(path)
+        out = capsys.readouterr().out
+        assert out.startswith(f"warning: {path}: found {warning}") if warning else not out
+        origin = np.array(sitk.ReadImage(str(path)).GetOrigin()) * [-1, -1, 1]
+        assert warning or np.allclose(origin, helpers.read_nifti(path)[1][:3, 3])
+
+
+def test_labels_must_lie_on_the_grid_of_their_image(tmp_path):
+    """Also where two axes of one size are exchanged, which the corners 0 and (n, n, n) do not tell."""
+    affine, label = np.diag([2.0, 2, 2, 1]), np.zeros((6, 6, 4))
+    label[1:3, 3:5, 1:3] = 1
+    volume = helpers.Volume(label.astype(np.float32), affine)
+    path = tmp_path / "labels.nii.gz"
+    helpers.write_nifti(path, label, affine)
+    assert helpers.read_labels(path, "image", volume)[0].sum() == 8
+    shifted = affine.copy()
+    shifted[1, 3] = 1
+    for other in (affine[:, [1, 0, 2, 3]], shifted):
+        helpers.write_nifti(path, label, other)
+        with pytest.raises(InputError, match="expected the same grid"):
+            helpers.read_labels(path, "image", volume)
 
 
 def test_an_image_that_hardly_covers_the_network_grid_is_named(rng, capsys):

@@ -9,6 +9,7 @@ import h5py
 import numpy as np
 import pytest
 import rubbish
+import tensorflow as tf
 
 import helpers
 import train
@@ -153,6 +154,29 @@ def test_a_damaged_checkpoint_is_named(spoil, whole, folders, tmp_path, call):
     (tmp_path / "checkpoint.npz").write_bytes(spoil((whole / "checkpoint.npz").read_bytes()))
     status, _, err = call(train, *TINY, *folders, f"--model_dir={tmp_path}", "--resume")
     assert status == 2 and err.splitlines()[-1].startswith(f"error: {tmp_path / 'checkpoint.npz'}: cannot be read"), err
+
+
+def test_a_training_is_not_continued_on_other_patients(whole, folders, tmp_path, monkeypatch, call):
+    find_pairs = helpers.find_pairs
+    monkeypatch.setattr(helpers, "find_pairs", lambda folder, **words: find_pairs(folder, **words)[1:])
+    before = {path.name: path.read_bytes() for path in whole.iterdir()}
+    status, _, err = call(train, *TINY, *folders, f"--model_dir={whole}", "--resume")
+    assert status == 2 and "patients.csv: case train00 of patient train00 came or went" in err, err
+    assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
+
+
+def test_a_gradient_that_is_no_number_stops_before_it_is_saved(folders, tmp_path, monkeypatch, call):
+    """Of a loss that is still a number."""
+
+    @tf.custom_gradient
+    def spoiled(value):
+        return value, lambda upstream: upstream * np.inf
+
+    mean = train.mean_over_labels
+    monkeypatch.setattr(train, "mean_over_labels", lambda *words: spoiled(mean(*words)))
+    status, _, err = call(train, *TINY, *folders, f"--model_dir={tmp_path}", "--valid_every=1")
+    assert status == 2 and "step 1 (train0" in err and "found a loss of nan" in err, err
+    assert not (tmp_path / "checkpoint.npz").exists()
 
 
 def test_a_loss_that_is_no_number_stops_with_step_cases_and_checkpoint(folders, tmp_path, monkeypatch, call):

@@ -14,6 +14,7 @@ import pytest
 import SimpleITK as sitk
 import tensorflow as tf
 from rubbish import TINY, put
+from scipy.ndimage import map_coordinates
 from test_points import check_points_of_a_pair
 
 import config
@@ -239,6 +240,18 @@ def test_a_step_that_does_not_teach_all_teaches_the_search_alone(rng):
     assert taught_by(3, True) > search
 
 
+@pytest.mark.parametrize("moving_shape", [(16, 16, 16), (40, 36, 44)])
+def test_the_inverse_field_reaches_all_that_the_field_does(moving_shape):
+    """A stretch about the centre has its inverse in closed form; the smaller moving grid ends within the fixed one."""
+    fixed_shape = np.array([24, 20, 28])
+    centre, offset = (fixed_shape - 1) / 2, moving_offset(moving_shape, fixed_shape)
+    here = np.moveaxis(np.indices(fixed_shape), 0, -1).astype(np.float32)
+    there = here + offset + 0.1 * (here - centre)
+    inverse, first = inference.invert((0.1 * (here - centre)).astype(np.float32), moving_shape, offset)
+    found = [map_coordinates(inverse[..., k], (there - first).reshape(-1, 3).T, order=1) for k in range(3)]
+    np.testing.assert_allclose(there.reshape(-1, 3) - offset + np.transpose(found), here.reshape(-1, 3), atol=0.05)
+
+
 def test_one_view_is_the_pair_as_it_is(rng):
     settings = config.Config(views=1, moving_shape=(10, 11, 12), fixed_shape=(8, 9, 10), mirror_axis=-1)
     images = [rng.random((1, *shape, 1)).astype(np.float32) for shape in (settings.moving_shape, settings.fixed_shape)]
@@ -352,6 +365,8 @@ def test_held_out_patients_cannot_be_exchanged_after_training(trained, example, 
     (tmp_path / "model" / "config.json").write_text(json.dumps(saved))
     status, _, err = call(inference, f"--model_dir={tmp_path / 'model'}", "--folds=3", "--fold=1")
     assert status == 2 and "--fold: found 1, expected 0" in err, err
+    status, _, err = call(inference, f"--model_dir={tmp_path / 'model'}")  # as if fold 0 had been other patients then
+    assert status == 2 and "patients.csv: found patient train" in err and "expected none held out" in err, err
 
 
 def test_help_works_without_a_model(tmp_path):
