@@ -271,7 +271,8 @@ def main(folder=Path(__file__).parent / "example", seed=2018, patients=PATIENTS)
             (aside / split / name).mkdir(parents=True)
         jobs += [(aside / split, f"{split}{n:02d}", [seed, len(jobs) + n]) for n in range(count)]
     with ProcessPoolExecutor() as pool:
-        list(tqdm(pool.map(write_pair, *zip(*jobs, strict=True)), "making example data", len(jobs), unit="pair"))
+        made = pool.map(write_pair, *zip(*jobs, strict=True))
+        list(tqdm(made, "making example data", len(jobs), unit="pair", disable=None))
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
 

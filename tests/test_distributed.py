@@ -14,6 +14,9 @@ import pytest
 import rubbish
 from test_resume import results
 
+import train
+from config import Config
+
 ROOT = Path(__file__).resolve().parents[1]
 TINY = [*rubbish.TINY, "--network=local", "--batch_size=2", "--valid_every=3"]  # quick to trace
 TWO_DEVICES = """
@@ -126,3 +129,10 @@ def test_what_cannot_be_shared_out_is_named(folders, tmp_path, monkeypatch):
     for process in start_workers(2, [words, words]):
         _, err = process.communicate(timeout=120)
         assert process.returncode == 2 and err.strip().splitlines()[-1].startswith("error: --batch_size: found 3"), err
+
+
+@pytest.mark.parametrize("value", ["{}", '{"cluster": {}, "task": {"type": "master", "index": 0}}'])
+def test_without_a_cluster_a_process_trains_alone_and_writes(value, monkeypatch):
+    monkeypatch.setenv("TF_CONFIG", value)
+    strategy, is_chief = train.choose_strategy(Config())
+    assert is_chief and strategy.num_replicas_in_sync == 1
