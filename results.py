@@ -36,7 +36,8 @@ def main():
     for folder in words.folders:
         found = read(Path(folder) / "metrics.csv")
         cases = {row["case"] for row in found}
-        for case in sorted(cases & seen.keys()):
+        if twice := cases & seen.keys():
+            case = min(twice)
             raise settings.InputError(f"{folder}: case {case} is in {seen[case]} too; expected each case once")
         seen |= dict.fromkeys(cases, folder)
         rows += found

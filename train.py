@@ -280,7 +280,7 @@ def choose_strategy(config):
     """
     strategy, is_chief = tf.distribute.get_strategy(), True
     try:
-        cluster = json.loads(os.environ.get("TF_CONFIG", "{}")).get("cluster")
+        cluster = json.loads(os.environ.get("TF_CONFIG") or "{}").get("cluster")
         if cluster:
             strategy = tf.distribute.MultiWorkerMirroredStrategy()
     except (ValueError, KeyError, TypeError, AttributeError) as error:

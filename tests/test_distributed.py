@@ -131,7 +131,7 @@ def test_what_cannot_be_shared_out_is_named(folders, tmp_path, monkeypatch):
         assert process.returncode == 2 and err.strip().splitlines()[-1].startswith("error: --batch_size: found 3"), err
 
 
-@pytest.mark.parametrize("value", ["{}", '{"cluster": {}, "task": {"type": "master", "index": 0}}'])
+@pytest.mark.parametrize("value", ["", "{}", '{"cluster": {}, "task": {"type": "master", "index": 0}}'])
 def test_without_a_cluster_a_process_trains_alone_and_writes(value, monkeypatch):
     monkeypatch.setenv("TF_CONFIG", value)
     strategy, is_chief = train.choose_strategy(Config())
