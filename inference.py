@@ -145,8 +145,9 @@ def invert(ddf, moving_shape, offset):
     inverse: (..., 3) on the box of voxels, from `first` (3,) on, that holds the moving grid and all that the fixed grid
     is mapped to, should that be more.
     """
-    far = np.array(ddf.shape[:3])  # and no further: a wild field is not worth all memory
-    mapped = np.clip(np.moveaxis(np.indices(far), 0, -1) + offset + ddf, -far, moving_shape + far)
+    shape = np.array(ddf.shape[:3])
+    mapped = np.moveaxis(np.indices(shape), 0, -1) + offset + ddf
+    mapped = np.clip(mapped, -shape, moving_shape + shape)  # a wild field would ask for more memory than there is
     first = np.minimum(0, np.floor(mapped.min(axis=(0, 1, 2))).astype(int))
     end = np.maximum(moving_shape, np.ceil(mapped.max(axis=(0, 1, 2))).astype(int) + 1)
     index = np.indices(end - first, float).reshape(3, -1).T + first
