@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 EXAMPLE_DIR = Path(__file__).resolve().parent / "data" / "example"
-CONFIG_NAME, CHECKPOINT_NAME, PATIENTS_NAME = "config.json", "checkpoint.npz", "patients.csv"
+CONFIG_NAME, CHECKPOINT_NAME, PATIENTS_NAME = "config.json", "checkpoint.npz", "trained_patients.csv"
 BEST_NAME, LAST_NAME = "best.weights.h5", "last.weights.h5"
 
 
@@ -94,7 +94,8 @@ class Config:
             check(name, 2 <= number <= 1024 and number & (number - 1) == 0, "a power of two: 2, 4, 8, ..., 1024")
         check("first_kernel", self.first_kernel in range(1, 16, 2), "an odd number up to 15")
         check("folds", self.folds == 0 or self.folds >= 2, "0 (off) or 2 and more")
-        check("fold", 0 <= self.fold < max(self.folds, 1), f"0 to {max(self.folds, 1) - 1} (folds - 1)")
+        folds = f"0 to {self.folds - 1} (folds - 1)" if self.folds else "0, or --folds N beside it"
+        check("fold", 0 <= self.fold < max(self.folds, 1), folds)
         check("voxel_size", 0 < self.voxel_size < float("inf"), "a size in mm above 0")
         levels = self.ddf_levels
         check("ddf_levels", levels and set(levels) <= set(range(5)), "one or more of 0 1 2 3 4")

@@ -83,8 +83,11 @@ def read_patients(path):
     """{case: patient}, from the columns case and patient."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            return {row["case"]: row["patient"] for row in csv.DictReader(file)}
-    except (OSError, KeyError, csv.Error, UnicodeDecodeError) as error:
+            lines = {tuple((row[name] or "").strip() for name in ("case", "patient")) for row in csv.DictReader(file)}
+        if len(dict(lines)) < len(lines):
+            raise ValueError("a case of two patients")
+        return dict(lines)
+    except (OSError, KeyError, csv.Error, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error!r}); expected a CSV file with columns case,patient") from None
 
 
@@ -130,6 +133,8 @@ def read_nifti(path):
         image = nib.load(path)
         if not isinstance(image, nib.Nifti1Pair):
             raise InputError(f"{path}: found {type(image).__name__}, expected NIfTI")
+        if image.header["xyzt_units"] % 8 in (1, 3):
+            raise InputError(f"{path}: found sizes in metres or micrometres, expected mm")
         if image.get_data_dtype().kind not in "buif":
             raise InputError(f"{path}: found voxels of type {image.get_data_dtype()}, expected plain numbers")
         stored = Path(image.file_map["image"].filename)
@@ -156,7 +161,11 @@ def read_nifti(path):
 def warn_of_frame(path):
     """Programs differ over where an image lies whose header does not say it, or says it in two ways."""
     header = nib.load(path).header
-    forms = [form for form, code in (header.get_sform(coded=True), header.get_qform(coded=True)) if code]
+    try:
+        qform = header.get_qform(coded=True)
+    except ValueError:  # its quaternion is none
+        qform = np.full((4, 4), np.nan), 1
+    forms = [form for form, code in (header.get_sform(coded=True), qform) if code]
     if not forms or not np.allclose(forms[0], forms[-1], atol=0.01):
         found = "two frames that differ" if forms else "no frame"
         tqdm.write(f"warning: {path}: found {found} in its header (sform, qform), expected one; ITK may read another")
@@ -188,6 +197,8 @@ def read_labels(path, image_path, volume):
         raise InputError(f"{path}: header matrix differs from that of {image_path}, expected the same grid")
     is_map = data.ndim == 3 and data.max() > 1
     if is_map:
+        whole = np.rint(data)  # with a scale factor in the header 1 may be stored as 0.996
+        data = whole if np.abs(data - whole).max() < 0.01 else data
         values = np.unique(data)
         if values.size > 256 or not np.isin(values, range(values.size)).all():
             found = f"{values.size} values, {values[0]:g} to {values[-1]:g}"

@@ -21,6 +21,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import tensorflow as tf
+from scipy import ndimage
 from tqdm import tqdm
 
 import helpers
@@ -57,15 +58,16 @@ def main():
     helpers.check_pairs(pairs)
     point_file = read_points(config.points, config.points_frame) if config.points else None
     output_dir = helpers.make_folder(config.output_dir)
-    table_dir = output_dir
-    if config.moving:
-        table_dir = helpers.make_folder(output_dir / name)
-        check_folder(table_dir, pairs[0])
-
     # -- Network: as it was trained --------------------------------------------------------------------------------
     network = build_network(**settings.network_settings(config))
     weights = settings.BEST_NAME if config.weights == "best" else settings.LAST_NAME
     helpers.load_weights(network, Path(config.model_dir) / weights)
+    table_dir = output_dir
+    if config.moving:
+        table_dir = helpers.make_folder(output_dir / name)
+        check_folder(table_dir, pairs[0])
+    for name in ("metrics.csv", "summary.txt", "boxplot.png", "report.html"):
+        (table_dir / name).unlink(missing_ok=True)  # an earlier run's, which would not be of the volumes beside them
     predict = make_predict(config, network)
     offset = moving_offset(config.moving_shape, config.fixed_shape)
 
@@ -83,10 +85,9 @@ def main():
 
         # -- Warp: the original volumes, each resampled once, onto the fixed image's own grid ----------------------
         fields = {"before": np.zeros_like(ddf), "after": ddf}
-        images, labels, displacements = {}, {}, {}
+        images, labels = {}, {}
         for when, field in fields.items():
             displacement = helpers.displacement_on(fixed.image.shape, fixed.affine, field, *grids)
-            displacements[when] = displacement
             images[when] = helpers.warp_to_fixed(moving.image, moving.affine, displacement, fixed.affine)
             if moving.labels is not None:
                 labels[when] = helpers.warp_to_fixed(moving.labels, moving.affine, displacement, fixed.affine)
@@ -112,7 +113,7 @@ def main():
         )
         files = {
             "warped_image": (helpers.write_nifti, images["after"], fixed.affine),
-            "displacement": (helpers.write_displacement, displacements["after"], fixed.affine),
+            "displacement": (helpers.write_displacement, displacement, fixed.affine),
             "displacement_inverse": (helpers.write_displacement, inverse, moving.affine),
         }
         writing = [threads.submit(write, folder / f"{name}.nii.gz", *data) for name, (write, *data) in files.items()]
@@ -123,7 +124,7 @@ def main():
             cut = labels["after"] >= 0.5
             if moving.is_map:  # back to a map, by the nearest voxel, so that no gap opens between two labels
                 stored = moving.labels @ np.arange(1, cut.shape[-1] + 1, dtype=np.float32)
-                cut = helpers.warp_to_fixed(stored, moving.affine, displacements["after"], fixed.affine, order=0)
+                cut = helpers.warp_to_fixed(stored, moving.affine, displacement, fixed.affine, order=0)
             helpers.write_nifti(folder / "warped_labels.nii.gz", cut.astype(np.uint8), fixed.affine)
         shown = fixed.image, images, fixed.affine, labels
         pictures.plot_overview(
@@ -176,7 +177,8 @@ def carry_points(file, folder, points_on, moving, fixed, ddf, fixed_grid, moving
         on_fixed = nib.affines.apply_affine(np.linalg.inv(fixed_grid), file.positions)
         on_moving = map_points(on_fixed, ddf, offset)
     residual = np.linalg.norm((map_points(on_fixed, ddf, offset) - on_moving) @ moving_grid[:3, :3].T, axis=-1)
-    seen = helpers.in_view(on_fixed, ddf.shape[:3]) & (residual < 0.1)
+    folded = ndimage.map_coordinates(jacobian_determinant(ddf), on_fixed.T, order=1, mode="nearest") <= 0
+    seen = helpers.in_view(on_fixed, ddf.shape[:3]) & (residual < 0.1) & ~folded
     sides = [(moving, moving_grid, on_moving), (fixed, fixed_grid, on_fixed)]
     for volume, grid, points in sides:
         voxels = nib.affines.apply_affine(np.linalg.inv(volume.affine) @ grid, points)
@@ -227,7 +229,9 @@ def make_predict(config, network):
 
 
 def measure_pair(case, labels, affine, ddf):
-    """Rows of metrics.csv, one for each label. labels: empty, or (X, Y, Z, L) under "fixed", "before", "after"."""
+    """Rows of metrics.csv, one for each label. labels: empty, or arrays under "fixed", "before", "after", all of them
+    (X, Y, Z, L) on the fixed image's own grid; ddf: on the network's.
+    """
     count = labels["fixed"].shape[-1] if labels else 0
     rows = [{"case": case, "label": k, **measure_label(labels, k, affine)} for k in range(count)]
     first, *landmarks = rows or [{"case": case, "label": ""}]

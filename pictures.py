@@ -60,7 +60,8 @@ def plot_overview(path, title, fixed, warped, affine, labels, ddf, determinant, 
     """Three orthogonal slices of a registered pair: labels before and after, a checkerboard, and the deformation.
 
     fixed and warped["before"], ["after"]: (X, Y, Z) on the fixed image's own grid; labels: empty, or (X, Y, Z, L)
-    arrays under "fixed", "before", "after"; ddf: (X, Y, Z, 3) voxels of `voxel_size` mm; determinant: (X, Y, Z).
+    arrays under "fixed", "before", "after"; on the network's grid, ddf: (GX, GY, GZ, 3) voxels of `voxel_size` mm, and
+    determinant: (GX, GY, GZ).
     """
     volumes = {name: canonical(v, affine) for name, v in {"fixed": fixed, **warped}.items()}
     labels = {name: canonical(v, affine) for name, v in labels.items()}

@@ -41,18 +41,21 @@ def read_points(path, frame="file"):
         if suffix == ".fcsv":
             document = [line for line in text.splitlines() if line.startswith("#")]
             entries = list(csv.reader(line for line in text.splitlines() if line and line not in document))
+            entries = [entry for entry in entries if entry[14:15] in ([], [""], ["2"])]  # 2: placed
             said = (re.findall(r"CoordinateSystem *= *(\w+)", text) or [None])[-1]
             positions = [entry[1:4] for entry in entries]
             names = [entry[11] if len(entry) > 11 else entry[0] for entry in entries]
         elif suffix == ".mrk.json":
             document = json.loads(text)
+            if kinds := {markup.get("type") for markup in document["markups"]} & {"Plane", "ROI"}:
+                raise ValueError(f"{min(kinds)}, which is more than its points")
             for markup in document["markups"]:  # a point that was not placed yet has no position
                 placed = [p for p in markup["controlPoints"] if p.get("positionStatus", "defined") == "defined"]
                 markup["controlPoints"] = placed
             entries = [point for markup in document["markups"] for point in markup["controlPoints"]]
             (said,) = {markup.get("coordinateSystem", "LPS") for markup in document["markups"]}
             positions = [entry["position"] for entry in entries]
-            names = [entry.get("label") or entry.get("id", "") for entry in entries]
+            names = [str(entry.get("label") or entry.get("id", "")) for entry in entries]
         else:
             reader = csv.DictReader(io.StringIO(text))
             document, entries = reader.fieldnames, list(reader)
@@ -63,7 +66,7 @@ def read_points(path, frame="file"):
         positions = np.array(positions, float)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); expected a file of points") from None
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, csv.Error) as error:
+    except Exception as error:  # there are many ways to write a wrong file
         raise InputError(f"{path}: cannot be read ({error!r}); expected points as in {suffix} files") from None
     if positions.shape[1:] != (3,) or not np.isfinite(positions).all():
         raise InputError(f"{path}: found {len(positions)} points, expected one or more of three numbers in mm")

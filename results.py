@@ -9,6 +9,7 @@ metrics.csv, summary.txt, boxplot.png. README, "Reading the metrics".
 import argparse
 import csv
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 
@@ -55,10 +56,12 @@ def read(path):
         if not rows or not set(COLUMNS) <= set(reader.fieldnames) or not all("case" in row for row in rows):
             raise ValueError("found no rows with its columns")
         kinds = {"case": str, "label": int}
-        return [{name: kinds.get(name, float)(text) for name, text in row.items()} for row in rows]
+        rows = [{name: kinds.get(name, float)(text) for name, text in row.items()} for row in rows]
+        summary(rows)  # which raises what it misses
+        return rows
     except OSError as error:
         raise settings.InputError(f"{path}: {error.strerror}; expected the metrics.csv of inference.py") from None
-    except (ValueError, TypeError, csv.Error) as error:
+    except (ValueError, TypeError, KeyError, csv.Error) as error:
         raise settings.InputError(f"{path}: {error}; expected the metrics.csv of inference.py") from None
 
 
@@ -132,7 +135,7 @@ def summary(rows):
     if gone:
         lines.append(f"glands warped out of the field of view, in no HD95: {', '.join(gone)}")
     folded = [row["folded_percent"] for row in rows if "folded_percent" in row]
-    lines.append(f"voxels folded: {np.mean(folded):.4f} % on average, {max(folded):.4f} % at worst")
+    lines.append(f"voxels folded: {fmean(folded):.4f} % on average, {max(folded):.4f} % at worst")
     return "\n".join(lines) + "\n"
 
 

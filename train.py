@@ -5,7 +5,7 @@
     python train.py --resume                 continues what was interrupted, as if it had not been
     python train.py --help                   every setting
 
-Writes to --model_dir: config.json, patients.csv, best.weights.h5, last.weights.h5, checkpoint.npz, history.csv,
+Writes to --model_dir: config.json, trained_patients.csv, best.weights.h5, last.weights.h5, checkpoint.npz, history.csv,
 history.png, TensorBoard events.
 README, "Training".
 """
@@ -99,9 +99,12 @@ def main():
         aside.write_text(settings.as_json(config))
     helpers.write_csv(model_dir / settings.PATIENTS_NAME, [{"case": p.case, "patient": p.patient} for p in train_pairs])
     done = {"step": 0, "minutes": 0.0, "best_loss": float("inf"), "history": [], "recent": []}
+    done["valid"] = [pair.case for pair in valid_pairs]
     variables = [*network.variables, *optimizer.variables]
     if config.resume and checkpoint.exists():
         done = helpers.load_checkpoint(checkpoint, variables)
+        if done["valid"] != [pair.case for pair in valid_pairs]:
+            raise settings.InputError(f"{config.valid_dir}: found other cases than before, expected the same")
     elif config.resume:
         print(f"{config.model_dir}: nothing to continue; this training begins")
     saved, start = done["step"], time.time() - 60 * done["minutes"]

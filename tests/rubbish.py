@@ -125,6 +125,7 @@ DATA = {  # what happens to a data set -> (the file to spoil, how, words that th
     "singular header": (IMAGE, raw(SFORM, (280, "12f", *[0] * 12)), "expected voxels of"),
     "two directions alike": (IMAGE, raw(SFORM, (280, "12f", 1, 1, 0, 0, 0, 0, 1, 0, 0, 0, 1, 0)), "singular"),
     "NaN in the header": (IMAGE, raw(SFORM, (280, "12f", *[np.nan] * 12)), "train00.nii.gz"),
+    "sizes in micrometres": (IMAGE, raw((123, "B", 3)), "micrometres, expected mm"),
     "voxels of 1e30 mm": (IMAGE, raw(SFORM, (280, "12f", *np.eye(4)[:3].ravel() * 1e30)), "header matrix"),
     "fewer labels than the other image": (LABELS, voxels(lambda d: d[..., :1]), "labels, expected 1 as in"),
     "label of another shape": (LABELS, voxels(lambda d: d[1:]), "expected (88, 48, 80)"),

@@ -219,7 +219,7 @@ def test_pairs_are_found_by_name_and_folds_part_patients(example, tmp_path):
 
 
 def test_patients_csv_is_read(tmp_path):
-    (tmp_path / "patients.csv").write_text("case,patient\na,p1\nb,p1\n")
+    (tmp_path / "patients.csv").write_text("case,patient\na,p1\nb, p1\nb,p1\n")  # a space makes no other patient
     assert helpers.read_patients(tmp_path / "patients.csv") == {"a": "p1", "b": "p1"}
     for folder in helpers.FOLDERS:
         (tmp_path / folder).mkdir()
@@ -228,6 +228,9 @@ def test_patients_csv_is_read(tmp_path):
     assert {pair.patient for pair in helpers.find_pairs(tmp_path)} == {"p1"}
     (tmp_path / "patients.csv").write_text("case,patient\na,p1\nc,p1\n")
     with pytest.raises(InputError, match="no patient for case b"):
+        helpers.find_pairs(tmp_path)
+    (tmp_path / "patients.csv").write_text("case,patient\na,p1\nb,p1\nb,p2\n")
+    with pytest.raises(InputError, match="a case of two patients"):
         helpers.find_pairs(tmp_path)
 
 
@@ -293,6 +296,12 @@ def test_a_map_of_integers_is_one_label_for_each(tmp_path):
         assert is_map and labels.shape == (6, 6, 6, 2)
         for k in (0, 1):
             np.testing.assert_array_equal(labels[..., k], stored == k + 1)
+    for kind in (np.uint8, np.int16):  # as nibabel stores floating point in these, with a scale factor
+        image_like = nib.Nifti1Image(stored.astype(float), affine)
+        image_like.set_data_dtype(kind)
+        nib.save(image_like, path)
+        assert not np.isin(helpers.read_nifti(path)[0], (0, 1, 2)).all()
+        np.testing.assert_array_equal(helpers.read_labels(path, "image", image)[0], labels)
     for wrong in (stored * 2, stored * 0.75, stored - 1):  # 2 and 4, of which 1 and 3 are missing; fractions; below 0
         helpers.write_nifti(path, wrong.astype(np.float32), affine)
         with pytest.raises(
@@ -316,6 +325,12 @@ def test_a_header_that_itk_reads_otherwise_is_named(tmp_path, capsys):
         assert out.startswith(f"warning: {path}: found {warning}") if warning else not out
         origin = np.array(sitk.ReadImage(str(path)).GetOrigin()) * [-1, -1, 1]
         assert warning or np.allclose(origin, helpers.read_nifti(path)[1][:3, 3])
+    image.set_sform(sform, 1)
+    image.header.set_qform(sform, 1)
+    image.header["quatern_b"] = image.header["quatern_c"] = 0.70711  # rounded: a little more than 1 together
+    nib.save(image, path)
+    helpers.warn_of_frame(path)
+    assert "two frames" in capsys.readouterr().out
 
 
 def test_labels_must_lie_on_the_grid_of_their_image(tmp_path):

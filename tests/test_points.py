@@ -8,6 +8,8 @@ import pytest
 import SimpleITK as sitk
 from scipy import ndimage
 
+import helpers
+import inference
 import points
 from utils import invert_points, map_points
 
@@ -98,6 +100,8 @@ def test_files_keep_their_frame_and_all_else(suffix, frame, tmp_path):
         ("a.fcsv", "1,2,3,4\n", "RAS or LPS"),
         ("a.mrk.json", "{", "JSONDecodeError"),
         ("a.mrk.json", '{"markups": []}', "ValueError"),
+        ("a.mrk.json", '{"markups": [{"type": "ROI", "controlPoints": []}]}', "more than its points"),
+        pytest.param("a.mrk.json", "[" * 10**5, "RecursionError", id="deep"),
         ("a.mrk.json", '{"markups": [{"controlPoints": [{"position": null}]}]}', "three numbers"),
     ],
 )
@@ -128,6 +132,21 @@ def test_points_of_3d_slicer_that_were_never_placed_are_left_out(tmp_path):
     assert file.names == ["placed"] and file.positions.tolist() == [[-1, -2, 3]]
     points.write_points(path, file, file.positions, [True])
     assert points.read_points(path).positions.tolist() == [[-1, -2, 3]]
+    (tmp_path / "a.fcsv").write_text(FCSV.format(*[0] * 3, *[4] * 3, frame="RAS").replace("apex,,,2", "apex,,,0"))
+    assert points.read_points(tmp_path / "a.fcsv").names == ["base, left"]
+
+
+@pytest.mark.parametrize("points_on", ["fixed", "moving"])
+def test_a_point_where_the_field_folds_is_left_out(points_on, tmp_path, capsys):
+    """A field that mirrors the voxels about x = 8 between 5 and 11 and leaves the others as they are."""
+    ddf = np.zeros((16, 16, 16, 3), np.float32)
+    ddf[5:12, ..., 0] = 16 - 2 * np.arange(5, 12)[:, None, None]
+    volume, offset = helpers.Volume(np.ones((16, 16, 16)), np.eye(4)), np.zeros(3)
+    path = write_file(tmp_path, ".csv", "RAS", [[8, 8, 8], [2, 8, 8]])
+    file = points.read_points(path, "RAS")
+    inference.carry_points(file, tmp_path, points_on, volume, volume, ddf, np.eye(4), np.eye(4), offset)
+    out = capsys.readouterr().out
+    assert "point apex lies outside the field of view, or where the field folds" in out and ": 1 points" in out
 
 
 def check_points_of_a_pair(folder, moving, fixed, run, rng):

@@ -66,6 +66,7 @@ def test_folds_are_gathered_as_if_they_had_been_one_run(tmp_path, call):
 
 COLUMNS = ",".join(results.COLUMNS)
 NO_TABLES = [None, "", "case,label\na,1\n", "case,label\na,1,2,3\n", f"{COLUMNS}\n,1\n", f"{COLUMNS}\na,b\n"]
+NO_TABLES += [f"{COLUMNS}\na,,0.5\n", f"{COLUMNS}\na,0,0.5\n"]  # no label; no folding
 
 
 @pytest.mark.parametrize("text", NO_TABLES)

@@ -165,6 +165,13 @@ def test_a_training_is_not_continued_on_other_patients(whole, folders, tmp_path,
     assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
 
 
+def test_a_training_is_not_continued_with_other_validation(whole, folders, monkeypatch, call):
+    find_pairs = helpers.find_pairs
+    monkeypatch.setattr(helpers, "find_pairs", lambda folder: find_pairs(folder)[folder.endswith("valid") :])
+    status, _, err = call(train, *TINY, *folders, f"--model_dir={whole}", "--resume")
+    assert status == 2 and "valid: found other cases than before" in err.splitlines()[-1], err
+
+
 def test_a_gradient_that_is_no_number_stops_before_it_is_saved(folders, tmp_path, monkeypatch, call):
     """Of a loss that is still a number."""
 

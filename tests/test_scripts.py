@@ -101,7 +101,11 @@ def test_one_new_pair_needs_no_labels_and_itk_reads_what_is_written(trained, exa
     shutil.copy(moving, tmp_path / "mr.nii.gz")
     nib.save(nib.load(fixed), tmp_path / "us.nii")  # not compressed
     words = [f"--model_dir={trained}", f"--output_dir={tmp_path / 'output'}"]
-    status, out, err = call(inference, *words, f"--moving={tmp_path / 'mr.nii.gz'}", f"--fixed={tmp_path / 'us.nii'}")
+    pair = [f"--moving={tmp_path / 'mr.nii.gz'}", f"--fixed={tmp_path / 'us.nii'}"]
+    shutil.copytree(trained, tmp_path / "model", ignore=shutil.ignore_patterns("best*"))
+    status, _, err = call(inference, words[1], f"--model_dir={tmp_path / 'model'}", *pair)
+    assert status == 2 and "best.weights.h5: missing" in err and not list(tmp_path.glob("output/*")), err
+    status, out, err = call(inference, *words, *pair)
     assert status == 0, err
     folder = tmp_path / "output" / "mr_to_us"
     assert {path.name for path in folder.iterdir()} == {
