@@ -50,7 +50,7 @@ def test_every_option_trains_and_registers(options, example, tmp_path, call):
     assert status == 0, err
     assert out.splitlines()[-1].endswith(f"next: python inference.py --model_dir {tmp_path / 'model'}")
     written = {path.name.split(".")[0] for path in (tmp_path / "model").iterdir()}
-    assert written == {"config", "patients", "best", "last", "checkpoint", "history", "events"}
+    assert written == {"config", "trained_patients", "best", "last", "checkpoint", "history", "events"}
     with open(tmp_path / "model" / "history.csv") as file:
         history = list(csv.DictReader(file))
     assert [row["step"] for row in history] == ["2", "4"]
