@@ -58,18 +58,21 @@ def main():
     helpers.check_pairs(pairs)
     point_file = read_points(config.points, config.points_frame) if config.points else None
     output_dir = helpers.make_folder(config.output_dir)
+
     # -- Network: as it was trained --------------------------------------------------------------------------------
     network = build_network(**settings.network_settings(config))
     weights = settings.BEST_NAME if config.weights == "best" else settings.LAST_NAME
     helpers.load_weights(network, Path(config.model_dir) / weights)
+    predict = make_predict(config, network)
+    offset = moving_offset(config.moving_shape, config.fixed_shape)
+
+    # -- Tables: those of an earlier run go before its volumes do --------------------------------------------------
     table_dir = output_dir
     if config.moving:
         table_dir = helpers.make_folder(output_dir / name)
         check_folder(table_dir, pairs[0])
-    for name in ("metrics.csv", "summary.txt", "boxplot.png", "report.html"):
-        (table_dir / name).unlink(missing_ok=True)  # an earlier run's, which would not be of the volumes beside them
-    predict = make_predict(config, network)
-    offset = moving_offset(config.moving_shape, config.fixed_shape)
+    for table in ("metrics.csv", "summary.txt", "boxplot.png", "report.html"):
+        (table_dir / table).unlink(missing_ok=True)
 
     rows, cases, threads = [], [], ThreadPoolExecutor()
     for pair in tqdm(pairs, "registering", unit="pair", disable=None):

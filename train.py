@@ -98,12 +98,12 @@ def main():
     with helpers.written_aside(model_dir / settings.CONFIG_NAME) as aside:
         aside.write_text(settings.as_json(config))
     helpers.write_csv(model_dir / settings.PATIENTS_NAME, [{"case": p.case, "patient": p.patient} for p in train_pairs])
-    done = {"step": 0, "minutes": 0.0, "best_loss": float("inf"), "history": [], "recent": []}
-    done["valid"] = [pair.case for pair in valid_pairs]
+    valid_cases = [pair.case for pair in valid_pairs]
+    done = {"step": 0, "minutes": 0.0, "best_loss": float("inf"), "valid": valid_cases, "history": [], "recent": []}
     variables = [*network.variables, *optimizer.variables]
     if config.resume and checkpoint.exists():
         done = helpers.load_checkpoint(checkpoint, variables)
-        if done["valid"] != [pair.case for pair in valid_pairs]:
+        if done["valid"] != valid_cases:  # the best loss so far is of others
             raise settings.InputError(f"{config.valid_dir}: found other cases than before, expected the same")
     elif config.resume:
         print(f"{config.model_dir}: nothing to continue; this training begins")

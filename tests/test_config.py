@@ -58,6 +58,7 @@ def test_every_field_has_a_comment():
         "--affine_augmentation 2",
         "--folds 1",
         "--folds 3 --fold 3",
+        "--fold 3",
         "--moving only.nii.gz",
         "--seed -1",
         "--seed 5000000000",

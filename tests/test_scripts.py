@@ -136,6 +136,14 @@ def test_one_new_pair_needs_no_labels_and_itk_reads_what_is_written(trained, exa
     by_readme = sitk.GetArrayFromImage(sitk.Cast(names["warped"], sitk.sitkFloat32))
     assert np.mean(np.abs(by_readme - sitk.GetArrayFromImage(warped)) > 1e-3 * value_range) < 1e-3
 
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inference, "invert", stop)
+    with pytest.raises(KeyboardInterrupt):
+        call(inference, *words, *pair)
+    assert not {"metrics.csv", "summary.txt", "report.html"} & {path.name for path in folder.iterdir()}
+
 
 def test_points_go_both_ways_as_the_written_fields_say(trained, example, tmp_path, call, rng):
     moving, fixed = (example / "test" / f"{side}_images" / "test00.nii.gz" for side in ("moving", "fixed"))
