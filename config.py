@@ -223,14 +223,10 @@ def import_tensorflow():
     """Load TensorFlow as these scripts want it, before anything else does.
 
     On some processors (seen on one with AVX2 but not AVX-512) TensorFlow leaves oneDNN's 3D convolutions off, which are
-    many times faster than its own. With two cores, two operations side by side, as of the centred network's searches in
-    the two images or of a convolution's two gradients, get more done than one at a time on both. And TensorFlow's
-    libraries greet with notices that no setting silences (tensorflow issue 100442), in between which one would miss an
-    error.
+    many times faster than its own. And TensorFlow's libraries greet with notices that no setting silences (tensorflow
+    issue 100442), in between which one would miss an error.
     """
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
-    if os.cpu_count() == 2:
-        os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
@@ -240,6 +236,16 @@ def import_tensorflow():
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nowhere)
+
+
+def share_cores(config):
+    """How operations share two cores; to be called before TensorFlow computes anything.
+
+    The centred network's searches in the two images get more done side by side, with one thread each, than one at a
+    time on both cores. The other networks are one long chain of operations, which it would slow.
+    """
+    if config.network == "centred" and os.cpu_count() == 2:
+        os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
 
 
 def run(main):

@@ -46,6 +46,7 @@ from utils import (
 
 def main():
     config = settings.parse_for_inference()
+    settings.share_cores(config)
 
     # -- Data: one pair at a time; all are checked before the first is registered ----------------------------------
     if config.moving:

@@ -47,6 +47,7 @@ from utils import (
 
 def main():
     config = settings.parse_for_training()
+    settings.share_cores(config)
     settings.check_model_dir(config)
     strategy, is_chief = choose_strategy(config)
     keras.utils.set_random_seed(config.seed)

@@ -403,6 +403,7 @@ def grow_point(cores, cases=4, labels=4, **changes):
     from networks import build_network
 
     config = settings.Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()})
+    settings.share_cores(config)
     affine = np.diag([config.voxel_size] * 3 + [1.0])
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:

@@ -95,3 +95,16 @@ def test_unknown_saved_settings_are_not_executed(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"steps": "__import__('os').system('true')"}))
     with pytest.raises(InputError):
         config.load(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    "network, cores, threads", [("centred", 2, "1"), ("centred", 8, None), ("local", 2, None), ("composite", 2, None)]
+)
+def test_only_the_centred_network_gives_each_operation_one_of_two_cores(monkeypatch, network, cores, threads):
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setattr("os.environ", {})
+    config.share_cores(Config(network=network))
+    assert config.os.environ.get("TF_NUM_INTRAOP_THREADS") == threads
+    monkeypatch.setattr("os.environ", {"TF_NUM_INTRAOP_THREADS": "7"})
+    config.share_cores(Config(network=network))
+    assert config.os.environ == {"TF_NUM_INTRAOP_THREADS": "7"}
