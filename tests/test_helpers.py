@@ -1,5 +1,6 @@
 """Files and geometry: pairing, resampling against SciPy and SimpleITK, the displacement file as ITK reads it."""
 
+import group_patients
 import nibabel as nib
 import numpy as np
 import pytest
@@ -232,6 +233,28 @@ def test_patients_csv_is_read(tmp_path):
     (tmp_path / "patients.csv").write_text("case,patient\na,p1\nb,p1\nb,p2\n")
     with pytest.raises(InputError, match="a case of two patients"):
         helpers.find_pairs(tmp_path)
+
+
+def test_cases_of_one_patient_are_grouped_by_their_mr(tmp_path, rng, monkeypatch):
+    volumes = [smooth_volume(rng, (12, 12, 12)) for _ in range(2)]
+    volumes = {
+        "a": volumes[0],
+        "b": volumes[1],
+        "c": 3 * volumes[0] + rng.normal(0, 0.1, (12, 12, 12)),
+        "d": volumes[1],
+    }
+    (tmp_path / "moving_images").mkdir()
+    for case, volume in volumes.items():
+        nib.Nifti1Image(volume, np.eye(4)).to_filename(tmp_path / "moving_images" / f"{case}.nii.gz")
+    monkeypatch.setattr("sys.argv", ["group_patients.py", str(tmp_path)])
+    group_patients.main()
+    patients = {"a": "patient00", "b": "patient01", "c": "patient00", "d": "patient01"}
+    assert helpers.read_patients(tmp_path / "patients.csv") == patients
+    (tmp_path / "moving_images" / "a.nii.gz").unlink()
+    nib.Nifti1Image(volumes["b"][1:], np.eye(4)).to_filename(tmp_path / "moving_images" / "e.nii.gz")
+    with pytest.raises(InputError, match=r"e\.nii\.gz: found 1584 voxels, expected 1728"):
+        group_patients.main()
+    assert helpers.read_patients(tmp_path / "patients.csv") == patients
 
 
 @pytest.fixture(scope="module")
