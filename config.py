@@ -3,7 +3,7 @@
     python train.py --steps 200 --network composite
     python inference.py --moving mr.nii.gz --fixed us.nii.gz
 
-The settings of a training are saved beside its weights.
+Training saves them all beside its weights. inference.py starts from those: for a trained model, name a flag.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ class Config:
     fixed_shape: tuple[int, int, int] = (24, 32, 22)  # voxels of the network grid on the fixed image (RAS order)
     moving_shape: tuple[int, int, int] = (36, 36, 32)  # voxels of the network grid on the moving image (RAS order)
 
-    # Network: inference.py reads this group, and the three grid settings above, from the trained model's folder.
+    # Network: of this group, and of voxel_size and the two shapes, inference.py takes no value but the trained model's.
     network: Literal["local", "global", "composite", "centred"] = "centred"  # DDF; affine; affine + DDF; shift + DDF
     channels: int = 16  # of the local network's first level, doubled at each of the four next (paper: 32)
     global_channels: int = 8  # the same for the networks that find the affine or the shift (paper: 8)
@@ -165,12 +165,13 @@ def network_settings(config):
 def parse_for_inference():
     """Command line over the settings that training saved in --model_dir.
 
-    Those of the network cannot be changed, nor the folds while they say which pairs training left out.
+    Those of the network cannot be changed, nor the folds while they say which pairs training left out. (train_dir may
+    have been moved; helpers.check_patients sees to it that none of the held-out patients was trained on.)
     """
     model_dir = parse().model_dir
     trained = load(Path(model_dir) / CONFIG_NAME)
     config = dataclasses.replace(parse(default=trained), model_dir=model_dir)
-    held_out = ["folds", "fold", "train_dir"] if config.folds and not config.test_dir else []
+    held_out = ["folds", "fold"] if config.folds and not config.test_dir else []
     for name in [*NETWORK_SETTINGS, "voxel_size", *held_out]:
         asked, have = getattr(config, name), getattr(trained, name)
         if asked != have:

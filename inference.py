@@ -140,8 +140,8 @@ def main():
 
     summary = results.save(table_dir, rows)
     plots = [table_dir / "boxplot.png"] if (table_dir / "boxplot.png").exists() else []
-    pictures.write_report(table_dir / "report.html", f"Registration: {output_dir}", summary, plots, cases)
-    print(f"{summary}written to {output_dir}: warped volumes and displacements of each pair, metrics.csv, report.html")
+    pictures.write_report(table_dir / "report.html", f"Registration: {table_dir}", summary, plots, cases)
+    print(f"{summary}written to {table_dir}: warped volumes and displacements of each pair, metrics.csv, report.html")
 
 
 def invert(ddf, moving_shape, offset):
@@ -164,7 +164,8 @@ def check_folder(folder, pair):
     """Patients' files often have the same names in other folders: results of one are not mixed with another's."""
     record, paths = folder / "pair.txt", f"{pair.moving_image.resolve()}\n{pair.fixed_image.resolve()}\n"
     if record.exists() and (found := record.read_text()) != paths:
-        raise settings.InputError(f"{folder}: holds results of {found.splitlines()[0]}; name another --output_dir")
+        found = " and ".join(found.splitlines())
+        raise settings.InputError(f"{folder}: holds results of {found}; name another --output_dir")
     with helpers.written_aside(record) as aside:
         aside.write_text(paths)
 
@@ -192,7 +193,8 @@ def carry_points(file, folder, points_on, moving, fixed, ddf, fixed_grid, moving
     _, grid, points = sides[other == "fixed"]
     write_points(path, file, nib.affines.apply_affine(grid, points), seen)
     for name in np.array(file.names)[~seen]:
-        print(f"warning: point {name} lies outside the field of view, or where the field folds, and is left out")
+        where = "outside the field of view, or where the field folds or is not inverted to 0.1 mm"
+        print(f"warning: point {name} lies {where}, and is left out")
     error = f", error of the inversion at most {residual[seen].max(initial=0):.4f} mm" if other == "fixed" else ""
     print(f"{path}: {seen.sum()} points{error}")
 

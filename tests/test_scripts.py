@@ -125,7 +125,8 @@ def test_one_new_pair_needs_no_labels_and_itk_reads_what_is_written(trained, exa
     (tmp_path / "other").mkdir()
     other = shutil.copy(moving, tmp_path / "other" / "mr.nii.gz")
     status, _, err = call(inference, *words, f"--moving={other}", f"--fixed={tmp_path / 'us.nii'}")
-    assert status == 2 and f"holds results of {tmp_path / 'mr.nii.gz'}; name another --output_dir" in err, err
+    known = f"{tmp_path / 'mr.nii.gz'} and {tmp_path / 'us.nii'}"
+    assert status == 2 and f"holds results of {known}; name another --output_dir" in err, err
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
     shutil.copy(fixed, tmp_path / "us.nii.gz")
@@ -379,6 +380,15 @@ def test_held_out_patients_cannot_be_exchanged_after_training(trained, example, 
     assert status == 2 and "--fold: found 1, expected 0" in err, err
     status, _, err = call(inference, f"--model_dir={tmp_path / 'model'}")  # as if fold 0 had been other patients then
     assert status == 2 and "patients.csv: found patient train" in err and "expected none held out" in err, err
+
+    moved = shutil.copytree(example / "train", tmp_path / "moved")  # the same data, and a training of the right part
+    others, held_out = helpers.split_fold(helpers.find_pairs(moved), 3, 0)
+    helpers.write_csv(
+        tmp_path / "model" / "trained_patients.csv", [{"case": p.case, "patient": p.patient} for p in others]
+    )
+    words = [f"--model_dir={tmp_path / 'model'}", f"--train_dir={moved}", f"--output_dir={tmp_path / 'output'}"]
+    status, _, err = call(inference, *words)
+    assert status == 0 and {path.parent.name for path in tmp_path.glob("output/*/overview.png")} == {held_out[0].case}
 
 
 def test_help_works_without_a_model(tmp_path):
