@@ -332,7 +332,7 @@ def pair_to_network(pair, moving, fixed, start, moving_shape, fixed_shape, voxel
 
 
 def in_view(points, shape):
-    """Which of the points (..., 3), in voxels, lie at most half a voxel outside a volume, which is also ITK's rule."""
+    """Which points (..., 3), in voxels, lie in a volume: up to half a voxel beyond its outer centres, as ITK has it."""
     return ((points >= -0.5) & (points <= np.array(shape) - 0.5)).all(axis=-1)
 
 

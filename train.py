@@ -37,7 +37,6 @@ from utils import (
     label_metrics,
     moving_offset,
     random_affine,
-    random_gamma,
     random_smooth,
     reference_grid,
     resample,
@@ -234,7 +233,8 @@ def make_steps(config, network, optimizer):
         for k, (side, shape) in enumerate({"moving": config.moving_shape, "fixed": config.fixed_shape}.items(), 1):
             drawn[f"{side}_affine"] = random_affine(seeds[k], number, shape, *position)
             drawn[f"{side}_bend"] = random_smooth(seeds[k + 2], number, shape, 5, 3, bend)
-            drawn[f"{side}_gamma"] = random_gamma(seeds[k + 4], number, greys)
+            log_gamma = tf.random.stateless_uniform([number, 1, 1, 1, 1], seeds[k + 4], -greys, greys)
+            drawn[f"{side}_gamma"] = tf.exp(log_gamma)
             gain = random_smooth(seeds[k + 6], number, shape, 3, 1, 0.6 * greys)  # as of coils, or a probe's contact
             drawn[f"{side}_gain"] = tf.exp(gain)
         return drawn

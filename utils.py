@@ -159,13 +159,11 @@ def random_smooth(seed, batch_size, shape, places, channels, amount):
     return resize(numbers * amount, shape)
 
 
-def random_gamma(seed, batch_size, amount):
-    """Random powers for `change_greys`: (B, 1, 1, 1, 1), with logarithms up to +-amount."""
-    return tf.exp(tf.random.stateless_uniform([batch_size, 1, 1, 1, 1], seed, -amount, amount))
-
-
 def change_greys(image, gamma, gain):
-    """Image (B, ...) in 0..1, times a gain, to a power: darker greys for gamma > 1, brighter for gamma < 1."""
+    """Image in 0..1, times a gain, to the power gamma: darker greys for gamma > 1, brighter for gamma < 1.
+
+    image, gain: (B, X, Y, Z, 1); gamma: (B, 1, 1, 1, 1).
+    """
     return tf.clip_by_value(image * gain, 1e-4, 1) ** gamma
 
 
