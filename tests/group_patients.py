@@ -20,18 +20,20 @@ from config import InputError, run
 def main():
     if len(sys.argv) != 2:
         raise InputError(f"found {len(sys.argv) - 1} arguments, expected one, the folder of the pairs")
-    folder, volumes = Path(sys.argv[1]), []
-    paths = sorted((folder / "moving_images").glob("*.nii*"))
-    for path in paths:
-        volumes.append(helpers.read_image(path)[0].ravel())
-        if volumes[-1].size != volumes[0].size:
-            raise InputError(f"{path}: found {volumes[-1].size} voxels, expected {volumes[0].size} as in {paths[0]}")
-    if len(volumes) < 2:
-        raise InputError(f"{folder / 'moving_images'}: found {len(volumes)} volumes, expected two or more")
-    _, patients = connected_components(np.corrcoef(volumes) > 0.95)
-    rows = [{"case": helpers.case_name(p), "patient": f"patient{k:02d}"} for p, k in zip(paths, patients, strict=True)]
-    helpers.write_csv(folder / "patients.csv", rows)
-    print(f"{folder / 'patients.csv'}: {len(rows)} cases of {patients.max() + 1} patients")
+    table, volumes = Path(sys.argv[1]) / "patients.csv", []
+    if table.exists():
+        raise InputError(f"{table}: is there already, expected none; delete it to have it made anew")
+    pairs = helpers.find_pairs(table.parent)
+    for pair in pairs:
+        volumes.append(helpers.read_image(pair.moving_image)[0].ravel())
+        found, expected = volumes[-1].size, volumes[0].size
+        if found != expected:
+            message = f"{pair.moving_image}: found {found} voxels, expected {expected} as in {pairs[0].moving_image}"
+            raise InputError(message)
+    _, patients = connected_components(np.atleast_2d(np.corrcoef(volumes)) > 0.95)
+    rows = [{"case": p.case, "patient": f"patient{k:02d}"} for p, k in zip(pairs, patients, strict=True)]
+    helpers.write_csv(table, rows)
+    print(f"{table}: {len(rows)} cases of {patients.max() + 1} patients")
 
 
 if __name__ == "__main__":
