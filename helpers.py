@@ -338,6 +338,8 @@ def in_view(points, shape):
 
 # -- Batches -------------------------------------------------------------------------------------------------------
 
+STORED = ("moving_image", "fixed_image", "moving_labels", "fixed_labels")
+
 
 class PreparedPairs:
     """Every pair of a data set, checked and resampled once, then kept as one small file each in a scratch folder.
@@ -349,7 +351,7 @@ class PreparedPairs:
     def __init__(self, pairs, start, moving_shape, fixed_shape, voxel_size):
         self.pairs = pairs
         self.scratch = tempfile.TemporaryDirectory(prefix="prepared-pairs-")  # removed with this object
-        self.label_counts, problems = [], []
+        self.label_counts, self.in_view, problems = [], [], []
         for number, pair in enumerate(tqdm(pairs, "reading", unit="pair", disable=None)):
             try:
                 moving, fixed = read_pair(pair)
@@ -358,26 +360,30 @@ class PreparedPairs:
                 continue
             moving, fixed = pair_to_network(pair, moving, fixed, start, moving_shape, fixed_shape, voxel_size)
             self.label_counts.append(fixed.labels.shape[-1])
-            for path, side in ((pair.moving_labels, moving), (pair.fixed_labels, fixed)):
-                for k in np.flatnonzero(side.labels.max(axis=(0, 1, 2)) < 1 / 255):
-                    tqdm.write(f"warning: {path}: label {k} lies outside the network grid and teaches nothing")
             arrays = {
                 "moving_image": moving.image.astype(np.float16),
                 "fixed_image": fixed.image.astype(np.float16),
                 "moving_labels": np.round(moving.labels * 255).astype(np.uint8),
                 "fixed_labels": np.round(fixed.labels * 255).astype(np.uint8),
             }
-            with written_aside(self._file(number)) as aside:
-                np.savez(aside, **arrays)
+            in_view = {}
+            for side, path in (("moving", pair.moving_labels), ("fixed", pair.fixed_labels)):
+                in_view[f"{side}_in_view"] = arrays[f"{side}_labels"].any(axis=(0, 1, 2))
+                for k in np.flatnonzero(~in_view[f"{side}_in_view"]):
+                    tqdm.write(f"warning: {path}: label {k} lies outside the network grid and teaches nothing")
+            self.in_view.append(in_view)
+            with written_aside(self._file(number)) as aside, open(aside, "wb") as file:
+                for name in STORED:
+                    np.save(file, arrays[name])
         if problems:
             raise InputError("\n".join(problems))
 
     def _file(self, number):
-        return os.path.join(self.scratch.name, f"{number}.npz")
+        return os.path.join(self.scratch.name, f"{number}.npy")
 
     def __getitem__(self, number):
-        with np.load(self._file(number)) as arrays:
-            return dict(arrays)
+        with open(self._file(number), "rb") as file:
+            return {name: np.load(file) for name in STORED} | self.in_view[number]
 
 
 def draw_pairs(prepared, numbers, step, batch_size, labels_per_pair, cross_patient, seed):
@@ -419,12 +425,12 @@ def choose_labels(arrays, chosen, size):
     """A pair's images and labels, filled up with empty labels to `size`; mask (size,) of those chosen and in view."""
     result = {name: arrays[name].astype(np.float32) for name in ("moving_image", "fixed_image")}
     mask = np.isin(np.arange(size), chosen)
-    for name in ("moving_labels", "fixed_labels"):
-        labels = arrays[name]
+    for side in ("moving", "fixed"):
+        labels = arrays[f"{side}_labels"]
         count = labels.shape[-1]
-        result[name] = np.zeros((*labels.shape[:3], size), np.float32)
-        result[name][..., :count] = labels * np.float32(1 / 255)
-        mask[:count] &= labels.reshape(-1, count).max(axis=0) > 0
+        padded = result[f"{side}_labels"] = np.zeros((*labels.shape[:3], size), np.float32)
+        np.multiply(labels, np.float32(1 / 255), out=padded[..., :count])
+        mask[:count] &= arrays[f"{side}_in_view"]
     return {**result, "mask": mask.astype(np.float32)}
 
 
