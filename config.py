@@ -41,8 +41,9 @@ class Config:
     # Network: of this group, and of voxel_size and the two shapes, inference.py takes no value but the trained model's.
     network: Literal["local", "global", "composite", "centred"] = "centred"  # DDF; affine; affine + DDF; shift + DDF
     channels: int = 16  # of the local network's first level, doubled at each of the four next (paper: 32)
-    global_channels: int = 8  # the same for the networks that find the affine or the shift (paper: 8)
-    max_channels: int = 64  # where the doubling ends, for both (paper: 512)
+    global_channels: int = 8  # the same for the network that finds the affine (paper: 8)
+    search_channels: tuple[int, int] = (8, 8)  # the same for the centred network's searches in moving and fixed image
+    max_channels: int = 64  # where the doubling ends, for all (paper: 512)
     first_kernel: int = 7  # voxels, edge of the first convolution's kernel; odd
     ddf_levels: tuple[int, ...] = (1, 2, 3, 4)  # levels whose DDFs are summed, 0 finest, 4 coarsest; without 0 faster
     dropout: float = 0.0  # share of features that the centred network's search for the glands goes without in training
@@ -89,9 +90,10 @@ class Config:
             check(name, 1 <= getattr(self, name) <= most, f"1 to {most}")
         for name in ("fixed_shape", "moving_shape"):
             check(name, all(8 <= n <= 512 for n in getattr(self, name)), "three sizes from 8 to 512 voxels")
+        powers = [2**k for k in range(1, 11)]
         for name in ("channels", "global_channels", "max_channels"):
-            number = getattr(self, name)
-            check(name, 2 <= number <= 1024 and number & (number - 1) == 0, "a power of two: 2, 4, 8, ..., 1024")
+            check(name, getattr(self, name) in powers, "a power of two: 2, 4, 8, ..., 1024")
+        check("search_channels", set(self.search_channels) <= set(powers), "two powers of two: 2, 4, 8, ..., 1024")
         check("first_kernel", self.first_kernel in range(1, 16, 2), "an odd number up to 15")
         check("folds", self.folds == 0 or self.folds >= 2, "0 (off) or 2 and more")
         folds = f"0 to {self.folds - 1} (folds - 1)" if self.folds else "0, or --folds N beside it"
@@ -148,8 +150,8 @@ def parse_for_training():
     return dataclasses.replace(config, **changes)
 
 
-NETWORK_SETTINGS = ["network", "moving_shape", "fixed_shape", "channels", "global_channels", "max_channels"]
-NETWORK_SETTINGS += ["first_kernel", "ddf_levels", "dropout"]
+NETWORK_SETTINGS = ["network", "moving_shape", "fixed_shape", "channels", "global_channels", "search_channels"]
+NETWORK_SETTINGS += ["max_channels", "first_kernel", "ddf_levels", "dropout"]
 
 
 def grid_settings(config):

@@ -183,7 +183,16 @@ def find_gland(image, channels, max_channels, dropout):
 
 
 def build_network(
-    network, moving_shape, fixed_shape, channels, global_channels, max_channels, first_kernel, ddf_levels, dropout
+    network,
+    moving_shape,
+    fixed_shape,
+    channels,
+    global_channels,
+    search_channels,
+    max_channels,
+    first_kernel,
+    ddf_levels,
+    dropout,
 ):
     """The Keras model of "local", "global", "composite" or "centred" for the two grids."""
     moving_image = layers.Input((*moving_shape, 1))
@@ -217,9 +226,10 @@ def build_network(
 
     maps = {}
     if network == "centred":
-        for name, image in {"moving": moving_image, "fixed": fixed_image}.items():
+        images = {"moving": moving_image, "fixed": fixed_image}
+        for (name, image), width in zip(images.items(), search_channels, strict=True):
             seen = layers.Lambda(lambda v: tf.concat([standardise(v), local_contrast(v)], -1))(image)
-            maps[f"{name}_gland"], maps[f"{name}_centre"] = find_gland(seen, global_channels, max_channels, dropout)
+            maps[f"{name}_gland"], maps[f"{name}_centre"] = find_gland(seen, width, max_channels, dropout)
         centres = [maps["moving_centre"], maps["fixed_centre"]]
         affine = layers.Lambda(lambda v: tf.stop_gradient(shift_of_centres(v)))(centres)
         moving, fixed = beside(moving, maps["moving_gland"]), beside(fixed, maps["fixed_gland"])

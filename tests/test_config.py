@@ -42,6 +42,8 @@ def test_every_field_has_a_comment():
         "--batch_size 0",
         "--channels 7",
         "--channels 0",
+        "--search_channels 8",
+        "--search_channels 8 12",
         "--first_kernel 4",
         "--fixed_shape 8 8",
         "--fixed_shape 4 8 8",

@@ -13,6 +13,7 @@ NETWORKS = ("local", "global", "composite", "centred")
 SMALL = {
     "channels": 2,
     "global_channels": 2,
+    "search_channels": (2, 4),
     "max_channels": 16,
     "first_kernel": 3,
     "ddf_levels": (0, 1, 2, 3, 4),
@@ -58,6 +59,14 @@ def test_a_pair_alone_or_in_a_batch_in_training_or_not_gives_the_same(network):
     both = model(inputs, training=True)["ddf"]
     second = model([image[1:] for image in inputs], training=False)["ddf"]
     np.testing.assert_allclose(both[1:], second, atol=1e-4)
+
+
+def test_each_search_is_as_wide_as_asked():
+    model = build_network("centred", (16, 16, 16), (12, 12, 12), **SMALL)
+    for name, width in zip(("moving", "fixed"), SMALL["search_channels"], strict=True):
+        search = keras.Model(model.inputs, model.output[f"{name}_centre"])
+        first = next(layer for layer in search.layers if getattr(layer, "strides", None) == (2, 2, 2))
+        assert first.filters == width
 
 
 @pytest.mark.parametrize("network", NETWORKS)
