@@ -5,6 +5,7 @@ Shapes: B batch; X, Y, Z fixed grid; MX, MY, MZ moving grid; L labels. World coo
 
 import contextlib
 import csv
+import io
 import json
 import logging
 import os
@@ -372,9 +373,11 @@ class PreparedPairs:
                 for k in np.flatnonzero(~in_view[f"{side}_in_view"]):
                     tqdm.write(f"warning: {path}: label {k} lies outside the network grid and teaches nothing")
             self.in_view.append(in_view)
-            with written_aside(self._file(number)) as aside, open(aside, "wb") as file:
-                for name in STORED:
-                    np.save(file, arrays[name])
+            packed = io.BytesIO()  # NumPy's own writing to a file does not say that a disk is full
+            for name in STORED:
+                np.save(packed, arrays[name])
+            with written_aside(self._file(number)) as aside:
+                aside.write_bytes(packed.getbuffer())
         if problems:
             raise InputError("\n".join(problems))
 
