@@ -352,7 +352,7 @@ class PreparedPairs:
     def __init__(self, pairs, start, moving_shape, fixed_shape, voxel_size):
         self.pairs = pairs
         self.scratch = tempfile.TemporaryDirectory(prefix="prepared-pairs-")  # removed with this object
-        self.label_counts, self.in_view, problems = [], [], []
+        self.label_counts, self.visible, problems = [], [], []
         for number, pair in enumerate(tqdm(pairs, "reading", unit="pair", disable=None)):
             try:
                 moving, fixed = read_pair(pair)
@@ -367,12 +367,12 @@ class PreparedPairs:
                 "moving_labels": np.round(moving.labels * 255).astype(np.uint8),
                 "fixed_labels": np.round(fixed.labels * 255).astype(np.uint8),
             }
-            in_view = {}
+            visible = {}
             for side, path in (("moving", pair.moving_labels), ("fixed", pair.fixed_labels)):
-                in_view[f"{side}_in_view"] = arrays[f"{side}_labels"].any(axis=(0, 1, 2))
-                for k in np.flatnonzero(~in_view[f"{side}_in_view"]):
+                visible[f"{side}_visible"] = arrays[f"{side}_labels"].any(axis=(0, 1, 2))
+                for k in np.flatnonzero(~visible[f"{side}_visible"]):
                     tqdm.write(f"warning: {path}: label {k} lies outside the network grid and teaches nothing")
-            self.in_view.append(in_view)
+            self.visible.append(visible)
             packed = io.BytesIO()  # NumPy's own writing to a file does not say that a disk is full
             for name in STORED:
                 np.save(packed, arrays[name])
@@ -386,7 +386,7 @@ class PreparedPairs:
 
     def __getitem__(self, number):
         with open(self._file(number), "rb") as file:
-            return {name: np.load(file) for name in STORED} | self.in_view[number]
+            return {name: np.load(file) for name in STORED} | self.visible[number]
 
 
 def draw_pairs(prepared, numbers, step, batch_size, labels_per_pair, cross_patient, seed):
@@ -433,7 +433,7 @@ def choose_labels(arrays, chosen, size):
         count = labels.shape[-1]
         padded = result[f"{side}_labels"] = np.zeros((*labels.shape[:3], size), np.float32)
         np.multiply(labels, np.float32(1 / 255), out=padded[..., :count])
-        mask[:count] &= arrays[f"{side}_in_view"]
+        mask[:count] &= arrays[f"{side}_visible"]
     return {**result, "mask": mask.astype(np.float32)}
 
 
