@@ -77,6 +77,7 @@ class Config:
     points_on: Literal["moving", "fixed"] = "moving"  # the image that they lie on
     points_frame: Literal["file", "RAS", "LPS"] = "file"  # their coordinates; a .csv file does not say which
     views: int = 8  # copies of a pair, turned, scaled and mirrored in opposites, whose DDFs are averaged; 1 = as it is
+    refine_steps: int = 5  # moves that bring the two glands which the centred network found together; 0 = none
     weights: Literal["best", "last"] = "best"  # by validation loss, or of the last step
     output_dir: str = "output"  # warped volumes, displacement fields, pictures and metrics; made if missing
 
@@ -104,7 +105,7 @@ class Config:
         scales = self.similarity_scales
         check("similarity_scales", scales and all(0 <= s < 1e3 for s in scales), "one or more standard deviations >= 0")
         augmentations = "affine_augmentation", "elastic_augmentation", "intensity_augmentation"
-        for name in ("regulariser_weight", "labels_per_pair", "seed", *augmentations):
+        for name in ("regulariser_weight", "labels_per_pair", "refine_steps", "seed", *augmentations):
             check(name, 0 <= getattr(self, name) < float("inf"), "0 or more")
         check("affine_augmentation", self.affine_augmentation <= 0.3, "at most 0.3")
         check("seed", self.seed < 2**31, "less than 2147483648")

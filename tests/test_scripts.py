@@ -23,7 +23,7 @@ import inference
 import results
 import train
 from networks import build_network
-from utils import centroids, moving_offset
+from utils import centroids, jacobian_determinant, moving_offset, reference_grid, resample
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -39,7 +39,7 @@ def folders(example):
         "--network global --similarity cross-entropy --regulariser gradient-l2 --labels_per_pair 1",
         "--network composite --similarity mean-squared --regulariser gradient-l1 --mirror_axis -1",
         "--network centred --labels_per_pair 1 --similarity jaccard --similarity_scales 0 --cross_patient 0 --folds 3 "
-        "--local_every 3",
+        "--local_every 3 --refine_steps 0",
     ],
 )
 def test_every_option_trains_and_registers(options, example, tmp_path, call):
@@ -276,6 +276,59 @@ def test_one_view_is_the_pair_as_it_is(rng):
         return {"ddf": tf.constant(answer)}
 
     np.testing.assert_allclose(inference.make_predict(settings, network)(*images), answer[0], atol=1e-5)
+
+
+def ball(shape, centre, radius=7.0):
+    """A gland's map (1, *shape, 1): 1 within a ball, 0 outside of it, and half a voxel on either side in between."""
+    distance = np.linalg.norm(np.moveaxis(np.indices(shape), 0, -1) - centre, axis=-1)
+    return np.clip(radius - distance + 0.5, 0, 1)[None, ..., None].astype(np.float32)
+
+
+def test_maps_of_the_gland_are_turned_back_with_the_views(monkeypatch):
+    """A network whose maps are the images it was shown has, on average over the views, found the images."""
+    moving_shape, fixed_shape = (36, 36, 32), (24, 32, 22)
+    settings = {"views": 6, "affine_augmentation": 0.2, "mirror_axis": 1, "refine_steps": 1}
+    settings = config.Config(moving_shape=moving_shape, fixed_shape=fixed_shape, **settings)
+    images = ball(moving_shape, (20, 14, 17)), ball(fixed_shape, (10, 17, 12))
+    found = []
+    monkeypatch.setattr(inference, "make_refine_step", lambda _: lambda ddf, *maps: found.extend(maps) or ddf)
+
+    def network(seen):
+        return {"ddf": tf.zeros([1, *fixed_shape, 3]), "moving_gland": seen[0], "fixed_gland": seen[1]}
+
+    inference.make_predict(settings, network)(*images)
+    for ours, image in zip(found, images, strict=True):
+        assert np.abs(ours - image).mean() < 0.01 < image.mean()
+        np.testing.assert_allclose(centroids(ours), centroids(tf.constant(image)), atol=0.1)
+
+
+@pytest.mark.parametrize("shift, left", [(2, 0.5), (8, 3.5)])
+def test_refining_brings_the_glands_that_were_found_together(shift, left):
+    """Balls of 7 voxels, `shift` apart: each step moves the one towards the other, at most 1 mm, and folds nothing."""
+    moving_shape, fixed_shape = (36, 36, 32), (24, 32, 22)
+    settings = config.Config(moving_shape=moving_shape, fixed_shape=fixed_shape, voxel_size=2.0)
+    offset = moving_offset(moving_shape, fixed_shape)
+    fixed, moving = ball(fixed_shape, (12, 16, 11)), ball(moving_shape, (12 + shift, 16, 11) + offset)
+    step, ddf = inference.make_refine_step(settings), np.zeros((1, *fixed_shape, 3), np.float32)
+    lengths_mm, apart = [], [shift]
+    for _ in range(5):
+        before, ddf = ddf, step(ddf, moving, fixed).numpy()
+        lengths_mm.append(2.0 * np.sqrt(np.mean(np.sum((ddf - before) ** 2, axis=-1))))
+        warped = resample(moving, reference_grid(fixed_shape) + offset + ddf)
+        apart.append(float(tf.norm(centroids(warped) - centroids(tf.constant(fixed)))))
+    assert apart == sorted(apart, reverse=True) and apart[-1] < left
+    assert max(lengths_mm) < 1.0001 and (np.allclose(lengths_mm, 1) or lengths_mm == sorted(lengths_mm, reverse=True))
+    along, *across = ddf[fixed[..., 0] > 0.5].mean(axis=0)
+    assert along > 0.5 * shift and np.abs(across).max() < 0.05 * along
+    assert jacobian_determinant(ddf[0]).min() > 0.5
+
+
+@pytest.mark.parametrize("gland", [True, False])
+def test_refining_leaves_alone_what_lies_together_and_where_there_is_no_gland(gland):
+    shape = (24, 32, 22)
+    maps = [ball(shape, (12, 16, 11)) * gland] * 2
+    ddf = tf.zeros([1, *shape, 3])
+    assert not np.any(inference.make_refine_step(config.Config(moving_shape=shape, fixed_shape=shape))(ddf, *maps))
 
 
 def test_maps_of_integer_labels_come_back_as_maps(trained, example, tmp_path, call):
