@@ -232,7 +232,8 @@ def test_a_pair_turned_and_bent_alike_needs_no_field(monkeypatch, alike):
 
 def test_a_step_that_does_not_teach_all_teaches_the_search_alone(rng):
     shape = (12, 12, 12)
-    settings = config.Config(moving_shape=shape, fixed_shape=shape, channels=2, first_kernel=3)
+    quick = {"channels": 2, "search_channels": (2, 2), "ddf_levels": (3,), "similarity_scales": (0,)}
+    settings = config.Config(moving_shape=shape, fixed_shape=shape, first_kernel=3, **quick)
     network = build_network(**config.network_settings(settings))
     maps = [output for name, output in network.output.items() if name != "ddf"]
     search = {weight.path for weight in tf.keras.Model(network.inputs, maps).trainable_variables}
@@ -248,7 +249,7 @@ def test_a_step_that_does_not_teach_all_teaches_the_search_alone(rng):
         step(tf.constant(number), teaches_all, **batch)
         return {weight.path for weight in network.trainable_variables if np.any(weight != before[weight.path])}
 
-    step(tf.constant(1), **batch)  # from here on no weight is held at zero
+    step(tf.constant(1), True, **batch)  # from here on no weight is held at zero
     assert taught_by(2, False) == search
     assert taught_by(3, True) > search
 
