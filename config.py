@@ -77,7 +77,7 @@ class Config:
     points_on: Literal["moving", "fixed"] = "moving"  # the image that they lie on
     points_frame: Literal["file", "RAS", "LPS"] = "file"  # their coordinates; a .csv file does not say which
     views: int = 8  # copies of a pair, turned, scaled and mirrored in opposites, whose DDFs are averaged; 1 = as it is
-    refine_steps: int = 2  # moves that bring the two glands which the centred network found together; 0 = none
+    refine_steps: int = 2  # steps that move one gland onto the other, as the centred network found them; 0 = none
     weights: Literal["best", "last"] = "best"  # by validation loss, or of the last step
     output_dir: str = "output"  # warped volumes, displacement fields, pictures and metrics; made if missing
 

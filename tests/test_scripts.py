@@ -174,23 +174,34 @@ def test_the_header_given_results_do_not_depend_on_storage_order(trained, exampl
     np.testing.assert_allclose(results[0], results[1], atol=1e-3 * np.ptp(results[0]))
 
 
-def test_views_are_turned_back(rng):
-    """A network that reads the way from blob to blob off the images answers the same in every view of them."""
+def ball(shape, centre, radius=7.0):
+    """A gland's map (1, *shape, 1): 1 within a ball, 0 outside of it, and half a voxel on either side in between."""
+    distance = np.linalg.norm(np.moveaxis(np.indices(shape), 0, -1) - centre, axis=-1)
+    return np.clip(radius - distance + 0.5, 0, 1)[None, ..., None].astype(np.float32)
+
+
+def test_views_are_turned_back(monkeypatch):
+    """A network that reads the way from ball to ball off the images, and its maps too, says the same in every view."""
     moving_shape, fixed_shape = (36, 36, 32), (24, 32, 22)
-    settings = {"views": 6, "affine_augmentation": 0.2, "mirror_axis": 1}
+    settings = {"views": 6, "affine_augmentation": 0.2, "mirror_axis": 1, "refine_steps": 1}
     settings = config.Config(moving_shape=moving_shape, fixed_shape=fixed_shape, **settings)
     offset = moving_offset(moving_shape, fixed_shape)
+    images, maps = (ball(moving_shape, (20, 14, 17)), ball(fixed_shape, (10, 17, 12))), []
+    monkeypatch.setattr(inference, "make_refine_step", lambda _: lambda ddf, *glands: maps.extend(glands) or ddf)
 
-    def blob(shape, centre):
-        distance = np.linalg.norm(np.moveaxis(np.indices(shape), 0, -1) - centre, axis=-1)
-        return np.exp(-0.5 * (distance / 2) ** 2)[None, ..., None].astype(np.float32)
+    def network(seen):
+        way = centroids(seen[0]) - centroids(seen[1]) - offset
+        return {
+            "ddf": tf.zeros([1, *fixed_shape, 3]) + way[:, None, None],
+            "moving_gland": seen[0],
+            "fixed_gland": seen[1],
+        }
 
-    def network(images):
-        way = centroids(images[0] ** 2) - centroids(images[1] ** 2) - offset
-        return {"ddf": tf.zeros([1, *fixed_shape, 3]) + way[:, None, None]}
-
-    ddf = inference.make_predict(settings, network)(blob(moving_shape, (20, 14, 17)), blob(fixed_shape, (10, 17, 12)))
+    ddf = inference.make_predict(settings, network)(*images)
     np.testing.assert_allclose(ddf, np.broadcast_to((20, 14, 17) - offset - (10, 17, 12), ddf.shape), atol=0.1)
+    for ours, image in zip(maps, images, strict=True):
+        assert np.abs(ours - image).mean() < 0.01 < image.mean()
+        np.testing.assert_allclose(centroids(ours), centroids(tf.constant(image)), atol=0.1)
 
 
 def test_opposite_views_cancel():
@@ -277,30 +288,6 @@ def test_one_view_is_the_pair_as_it_is(rng):
         return {"ddf": tf.constant(answer)}
 
     np.testing.assert_allclose(inference.make_predict(settings, network)(*images), answer[0], atol=1e-5)
-
-
-def ball(shape, centre, radius=7.0):
-    """A gland's map (1, *shape, 1): 1 within a ball, 0 outside of it, and half a voxel on either side in between."""
-    distance = np.linalg.norm(np.moveaxis(np.indices(shape), 0, -1) - centre, axis=-1)
-    return np.clip(radius - distance + 0.5, 0, 1)[None, ..., None].astype(np.float32)
-
-
-def test_maps_of_the_gland_are_turned_back_with_the_views(monkeypatch):
-    """A network whose maps are the images it was shown has, on average over the views, found the images."""
-    moving_shape, fixed_shape = (36, 36, 32), (24, 32, 22)
-    settings = {"views": 6, "affine_augmentation": 0.2, "mirror_axis": 1, "refine_steps": 1}
-    settings = config.Config(moving_shape=moving_shape, fixed_shape=fixed_shape, **settings)
-    images = ball(moving_shape, (20, 14, 17)), ball(fixed_shape, (10, 17, 12))
-    found = []
-    monkeypatch.setattr(inference, "make_refine_step", lambda _: lambda ddf, *maps: found.extend(maps) or ddf)
-
-    def network(seen):
-        return {"ddf": tf.zeros([1, *fixed_shape, 3]), "moving_gland": seen[0], "fixed_gland": seen[1]}
-
-    inference.make_predict(settings, network)(*images)
-    for ours, image in zip(found, images, strict=True):
-        assert np.abs(ours - image).mean() < 0.01 < image.mean()
-        np.testing.assert_allclose(centroids(ours), centroids(tf.constant(image)), atol=0.1)
 
 
 @pytest.mark.parametrize("shift, left", [(2, 0.5), (8, 3.5)])
