@@ -59,6 +59,7 @@ class Config:
     local_every: int = 1  # one step in so many teaches all; the others only the centred network's search for the glands
     batch_size: int = 4  # pairs per step
     learning_rate: float = 1e-3  # peak of Adam's warm-up and cosine decay
+    weight_decay: float = 0.0  # share of each weight that a step takes away, relative to the learning rate (AdamW)
     labels_per_pair: int = 0  # labels drawn from a pair in each step; 1 = as in the paper, 0 = all
     cross_patient: float = 0.25  # share of pairs made of two patients, which only the gland (label 0) can teach
     affine_augmentation: float = 0.1  # largest random change of each affine entry; 0 = none
@@ -105,7 +106,8 @@ class Config:
         scales = self.similarity_scales
         check("similarity_scales", scales and all(0 <= s < 1e3 for s in scales), "one or more standard deviations >= 0")
         augmentations = "affine_augmentation", "elastic_augmentation", "intensity_augmentation"
-        for name in ("regulariser_weight", "labels_per_pair", "refine_steps", "seed", *augmentations):
+        zero_or_more = "regulariser_weight", "weight_decay", "labels_per_pair", "refine_steps", "seed"
+        for name in (*zero_or_more, *augmentations):
             check(name, 0 <= getattr(self, name) < float("inf"), "0 or more")
         check("affine_augmentation", self.affine_augmentation <= 0.3, "at most 0.3")
         check("seed", self.seed < 2**31, "less than 2147483648")

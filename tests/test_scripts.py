@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import h5py
 import nibabel as nib
 import numpy as np
 import pytest
@@ -62,6 +63,17 @@ def test_every_option_trains_and_registers(options, example, tmp_path, call):
     found = {path.name for path in (tmp_path / "output").iterdir()}
     assert found - cases == {"metrics.csv", "summary.txt", "boxplot.png", "report.html"}
     assert len(found & cases) == (1 if "--folds" in options else 2)
+
+
+def test_weight_decay_takes_away_its_share(example, tmp_path, call):
+    """All of it, where it is the inverse of the learning rate: what is left is Adam's first step, the rate at most."""
+    words = "--network local --ddf_levels 3 --similarity_scales 0 --steps 1 --learning_rate 1e-3 --weight_decay 1000"
+    status, _, err = call(train, *TINY, *words.split(), *folders(example), f"--model_dir={tmp_path / 'model'}")
+    assert status == 0, err
+    with h5py.File(tmp_path / "model" / "last.weights.h5") as file:
+        weights = []
+        file.visititems(lambda name, entry: weights.append(np.abs(entry).max()) if hasattr(entry, "shape") else None)
+    assert 0.99e-3 < max(weights) < 1.01e-3
 
 
 @pytest.fixture(scope="module")
