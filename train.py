@@ -90,7 +90,7 @@ def main():
     )
     with strategy.scope():
         network = build_network(**settings.network_settings(config))
-        optimizer = keras.optimizers.AdamW(schedule, weight_decay=config.weight_decay)
+        optimizer = keras.optimizers.Adam(schedule, weight_decay=config.weight_decay or None)  # as AdamW
         optimizer.build(network.trainable_variables)
         train_step, valid_step = make_steps(config, network, optimizer)
 
