@@ -33,6 +33,12 @@ def example(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def folders(example):
+    """The words that name it to train.py."""
+    return [f"--{name}_dir={example / name}" for name in ("train", "valid", "test")]
+
+
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)

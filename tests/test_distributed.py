@@ -18,7 +18,7 @@ import train
 from config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = [*rubbish.TINY, "--network=local", "--batch_size=2", "--valid_every=3"]  # quick to trace
+TINY = [*rubbish.TINY, *rubbish.QUICK, "--batch_size=2", "--valid_every=3"]
 TWO_DEVICES = """
 import config; config.import_tensorflow()
 import tensorflow as tf, train
@@ -55,11 +55,6 @@ def start_workers(number, words):
             )
         )
     return processes
-
-
-@pytest.fixture(scope="module")
-def folders(example):
-    return [f"--{name}_dir={example / name}" for name in ("train", "valid", "test")]
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import tensorflow as tf
 import helpers
 import train
 
-TINY = [*rubbish.TINY, "--network", "local", "--steps", "7", "--valid_every", "3"]  # quick to trace
+TINY = [*rubbish.TINY, *rubbish.QUICK, "--steps=7", "--valid_every=3"]
 
 
 def arrays(path):
@@ -40,11 +40,6 @@ def assert_equal(ours, theirs):
         assert a.keys() == b.keys() and len(a) > 10
         for name in a:
             np.testing.assert_array_equal(a[name], b[name], err_msg=name)
-
-
-@pytest.fixture(scope="module")
-def folders(example):
-    return [f"--{name}_dir={example / name}" for name in ("train", "valid", "test")]
 
 
 @pytest.fixture(scope="module")
