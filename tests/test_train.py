@@ -21,7 +21,7 @@ from networks import build_network
         "--network global --similarity cross-entropy --regulariser gradient-l2 --labels_per_pair 1",
         "--network composite --similarity mean-squared --regulariser gradient-l1 --mirror_axis -1",
         "--network centred --labels_per_pair 1 --similarity jaccard --similarity_scales 0 --cross_patient 0 --folds 3 "
-        "--local_every 3 --refine_steps 0",
+        "--local_every 3 --refine_steps 0 --ddf_levels 3",
     ],
 )
 def test_every_option_trains_and_registers(options, folders, tmp_path, call):
