@@ -90,7 +90,8 @@ def main():
     )
     with strategy.scope():
         network = build_network(**settings.network_settings(config))
-        optimizer = keras.optimizers.Adam(schedule, weight_decay=config.weight_decay or None)  # as AdamW
+        # Decoupled weight decay, as AdamW's; that class would trace the schedule once for every weight even for 0.
+        optimizer = keras.optimizers.Adam(schedule, weight_decay=config.weight_decay or None)
         optimizer.build(network.trainable_variables)
         train_step, valid_step = make_steps(config, network, optimizer)
 

@@ -35,7 +35,7 @@ from networks import build_network
 SHAPES = "--voxel_size 6 --fixed_shape 12 14 11 --moving_shape 16 16 16 --channels 2 --global_channels 2"
 SHAPES += " --search_channels 2 2"
 TINY = [*SHAPES.split(), "--first_kernel", "3", "--batch_size", "2"]
-QUICK = ["--network", "local", "--ddf_levels", "2", "--similarity_scales", "0", "1"]  # to trace
+QUICK = ["--network", "local", "--ddf_levels", "2", "--similarity_scales", "0", "1"]  # to trace; any network
 
 # -- Ways to spoil a file ------------------------------------------------------------------------------------------
 

@@ -88,8 +88,8 @@ def test_a_full_disk_is_named_and_leaves_nothing_unfinished(script, kilobytes, w
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("may not mount a small file system here")
     try:
-        quick = rubbish.QUICK if script is train else []
-        _, words, _ = rubbish.of_request(script, " ".join(quick), "")(tmp_path)
+        quick = " ".join(rubbish.QUICK) if script is train else ""
+        _, words, _ = rubbish.of_request(script, quick, "")(tmp_path)
         command, environment = [sys.executable, f"{script.__name__}.py", *words], dict(os.environ)
         if what == "TMPDIR":
             environment["TMPDIR"] = str(disk)

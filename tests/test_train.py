@@ -6,7 +6,7 @@ import h5py
 import numpy as np
 import pytest
 import tensorflow as tf
-from rubbish import TINY
+from rubbish import QUICK, TINY
 
 import config
 import inference
@@ -48,8 +48,8 @@ def test_every_option_trains_and_registers(options, folders, tmp_path, call):
 
 def test_weight_decay_takes_away_its_share(folders, tmp_path, call):
     """All of it, where it is the inverse of the learning rate: what is left is Adam's first step, the rate at most."""
-    words = "--network local --ddf_levels 3 --similarity_scales 0 --steps 1 --learning_rate 1e-3 --weight_decay 1000"
-    status, _, err = call(train, *TINY, *words.split(), *folders, f"--model_dir={tmp_path / 'model'}")
+    words = [*TINY, *QUICK, "--steps=1", "--learning_rate=1e-3", "--weight_decay=1000"]
+    status, _, err = call(train, *words, *folders, f"--model_dir={tmp_path / 'model'}")
     assert status == 0, err
     with h5py.File(tmp_path / "model" / "last.weights.h5") as file:
         weights = []
