@@ -35,9 +35,10 @@ def test_no_figure_is_missing():
 
 
 def test_links_and_pictures_exist():
-    targets = re.findall(r"\]\(([^)#]+)\)", README)
-    local = [target for target in targets if not target.startswith("http")]
-    assert local and all((ROOT / target).exists() for target in local), local
+    for page in (ROOT / "README.md", ROOT / "media" / "experiments.md"):
+        targets = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())
+        local = [target for target in targets if not target.startswith("http")]
+        assert local and all((page.parent / target).exists() for target in local), local
 
 
 def test_anchors_exist():
