@@ -34,18 +34,17 @@ def test_no_figure_is_missing():
     assert not re.findall(r"@[A-Z_]+@", README)
 
 
-def test_links_and_pictures_exist():
+def test_links_pictures_and_anchors_exist():
     for page in (ROOT / "README.md", ROOT / "media" / "experiments.md"):
-        targets = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())
-        local = [target for target in targets if not target.startswith("http")]
-        assert local and all((page.parent / target).exists() for target in local), local
-
-
-def test_anchors_exist():
-    titles = re.findall(r"^#+ (.*)$", README, re.MULTILINE)
-    anchors = {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles}
-    used = set(re.findall(r"\]\(#([^)]+)\)", README))
-    assert used and used <= anchors, used - anchors
+        links = re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text())
+        local = [(page.parent / target if target else page, anchor) for target, anchor in links if "://" not in target]
+        assert local
+        for file, anchor in local:
+            assert file.exists(), file
+            if anchor:
+                titles = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
+                anchors = {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles}
+                assert anchor in anchors, (file, anchor)
 
 
 def test_code_excerpts_stand_in_the_source():
