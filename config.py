@@ -3,7 +3,7 @@
     python train.py --steps 200 --network composite
     python inference.py --moving mr.nii.gz --fixed us.nii.gz
 
-Training saves them all beside its weights. inference.py starts from those: for a trained model, name a flag.
+Training saves them all beside its weights. inference.py starts from those, not from the defaults here: name a flag.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from typing import Literal
 
 EXAMPLE_DIR = Path(__file__).resolve().parent / "data" / "example"
 CONFIG_NAME, CHECKPOINT_NAME, PATIENTS_NAME = "config.json", "checkpoint.npz", "trained_patients.csv"
-BEST_NAME, LAST_NAME = "best.weights.h5", "last.weights.h5"
+WEIGHTS = {"best": "best.weights.h5", "last": "last.weights.h5"}
 
 
 class InputError(ValueError):
@@ -42,11 +42,11 @@ class Config:
     network: Literal["local", "global", "composite", "centred"] = "centred"  # DDF; affine; affine + DDF; shift + DDF
     channels: int = 16  # of the local network's first level, doubled at each of the four next (paper: 32)
     global_channels: int = 8  # the same for the network that finds the affine (paper: 8)
-    search_channels: tuple[int, int] = (8, 8)  # the same for the centred network's searches in moving and fixed image
+    search_channels: tuple[int, int] = (8, 8)  # of the centred network's searches (moving, fixed), doubled three times
     max_channels: int = 64  # where the doubling ends, for all (paper: 512)
     first_kernel: int = 7  # voxels, edge of the first convolution's kernel; odd
     ddf_levels: tuple[int, ...] = (1, 2, 3, 4)  # levels whose DDFs are summed, 0 finest, 4 coarsest; without 0 faster
-    dropout: float = 0.0  # share of features that the centred network's search for the glands goes without in training
+    dropout: float = 0.0  # share of the coarsest features that the centred network's searches go without in training
 
     # Loss
     similarity: Literal["dice", "cross-entropy", "mean-squared", "jaccard"] = "dice"  # of warped and fixed label
@@ -77,7 +77,7 @@ class Config:
     points: str = ""  # with such a pair: .fcsv, .mrk.json or .csv file of points in mm to carry to the other image
     points_on: Literal["moving", "fixed"] = "moving"  # the image that they lie on
     points_frame: Literal["file", "RAS", "LPS"] = "file"  # their coordinates; a .csv file does not say which
-    views: int = 8  # copies of a pair, turned, scaled and mirrored in opposites, whose DDFs are averaged; 1 = as it is
+    views: int = 8  # copies of a pair, turned and scaled by affine_augmentation, whose DDFs are averaged; 1 = as it is
     refine_steps: int = 2  # steps that move one gland onto the other, as the centred network found them; 0 = none
     weights: Literal["best", "last"] = "best"  # by validation loss, or of the last step
     output_dir: str = "output"  # warped volumes, displacement fields, pictures and metrics; made if missing
@@ -146,11 +146,11 @@ def trains_on_examples(config):
 def parse_for_training():
     """Command line over the defaults. With own training data, or folds, the example's other pairs fall away."""
     config = parse()
-    changes = {}
     if config.folds or not trains_on_examples(config):
-        examples = {"valid_dir": str(EXAMPLE_DIR / "valid"), "test_dir": str(EXAMPLE_DIR / "test")}
-        changes = {name: "" for name, example in examples.items() if getattr(config, name) == example}
-    return dataclasses.replace(config, **changes)
+        for name in ("valid", "test"):
+            if getattr(config, f"{name}_dir") == str(EXAMPLE_DIR / name):
+                config = dataclasses.replace(config, **{f"{name}_dir": ""})
+    return config
 
 
 NETWORK_SETTINGS = ["network", "moving_shape", "fixed_shape", "channels", "global_channels", "search_channels"]
@@ -187,7 +187,7 @@ def parse_for_inference():
 def check_model_dir(config):
     """A folder that holds a training is continued, under the settings it was begun with, or left as it is."""
     folder = Path(config.model_dir)
-    if not any((folder / name).exists() for name in (CHECKPOINT_NAME, BEST_NAME, LAST_NAME)):
+    if not any((folder / name).exists() for name in (CHECKPOINT_NAME, *WEIGHTS.values())):
         return
     begun = load(folder / CONFIG_NAME)
     fields = list(Config.__dataclass_fields__)

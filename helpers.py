@@ -339,8 +339,6 @@ def in_view(points, shape):
 
 # -- Batches -------------------------------------------------------------------------------------------------------
 
-STORED = ("moving_image", "fixed_image", "moving_labels", "fixed_labels")
-
 
 class PreparedPairs:
     """Every pair of a data set, checked and resampled once, then kept as one small file each in a scratch folder.
@@ -352,7 +350,7 @@ class PreparedPairs:
     def __init__(self, pairs, start, moving_shape, fixed_shape, voxel_size):
         self.pairs = pairs
         self.scratch = tempfile.TemporaryDirectory(prefix="prepared-pairs-")  # removed with this object
-        self.label_counts, self.visible, problems = [], [], []
+        self.label_counts, problems = [], []
         for number, pair in enumerate(tqdm(pairs, "reading", unit="pair", disable=None)):
             try:
                 moving, fixed = read_pair(pair)
@@ -367,26 +365,23 @@ class PreparedPairs:
                 "moving_labels": np.round(moving.labels * 255).astype(np.uint8),
                 "fixed_labels": np.round(fixed.labels * 255).astype(np.uint8),
             }
-            visible = {}
             for side, path in (("moving", pair.moving_labels), ("fixed", pair.fixed_labels)):
-                visible[f"{side}_visible"] = arrays[f"{side}_labels"].any(axis=(0, 1, 2))
-                for k in np.flatnonzero(~visible[f"{side}_visible"]):
+                visible = arrays[f"{side}_visible"] = arrays[f"{side}_labels"].any(axis=(0, 1, 2))
+                for k in np.flatnonzero(~visible):
                     tqdm.write(f"warning: {path}: label {k} lies outside the network grid and teaches nothing")
-            self.visible.append(visible)
             packed = io.BytesIO()  # NumPy's own writing to a file does not say that a disk is full
-            for name in STORED:
-                np.save(packed, arrays[name])
+            np.savez(packed, **arrays)
             with written_aside(self._file(number)) as aside:
                 aside.write_bytes(packed.getbuffer())
         if problems:
             raise InputError("\n".join(problems))
 
     def _file(self, number):
-        return os.path.join(self.scratch.name, f"{number}.npy")
+        return os.path.join(self.scratch.name, f"{number}.npz")
 
     def __getitem__(self, number):
-        with open(self._file(number), "rb") as file:
-            return {name: np.load(file) for name in STORED} | self.visible[number]
+        with np.load(self._file(number)) as arrays:
+            return dict(arrays)
 
 
 def draw_pairs(prepared, numbers, step, batch_size, labels_per_pair, cross_patient, seed):
@@ -441,10 +436,10 @@ def choose_labels(arrays, chosen, size):
 
 
 def displacement_on(shape, affine, ddf, fixed_grid, moving_grid, offset):
-    """The network's DDF as displacement y - x in mm (RAS) at every voxel of the fixed image.
+    """The network's DDF as displacement y - x in mm (RAS) at every voxel of a grid.
 
-    shape, affine: the fixed image's own grid; ddf: (X, Y, Z, 3) voxels; fixed_grid, moving_grid: (4, 4) voxel to
-    world; offset: (3,). A fixed point x lies at j = inv(fixed_grid) x and goes to
+    shape, affine: that grid, mostly the fixed image's own; ddf: (X, Y, Z, 3) voxels; fixed_grid, moving_grid: (4, 4)
+    voxel to world; offset: (3,). A fixed point x lies at j = inv(fixed_grid) x and goes to
     y = moving_grid (j + offset + ddf(j)). Beyond the network grid the DDF keeps its border value.
     """
     to_grid = np.linalg.inv(fixed_grid) @ affine

@@ -7,7 +7,8 @@
 
 Writes to --output_dir, per case and on the fixed image's own grid: warped_image.nii.gz, warped_labels.nii.gz,
 displacement.nii.gz (ITK convention, opens in 3D Slicer), overview.png; on the moving one's displacement_inverse.nii.gz;
-and metrics.csv, summary.txt, boxplot.png and report.html for all cases (for one new pair in its folder, with pair.txt).
+and metrics.csv, summary.txt, boxplot.png and report.html for all cases (for one new pair in its folder, with pair.txt
+and the points).
 """
 
 import config as settings
@@ -16,6 +17,7 @@ settings.import_tensorflow()  # before anything else does
 
 # isort: split
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import nibabel as nib
@@ -31,9 +33,7 @@ from losses import dice, multi_scale
 from networks import build_network
 from points import read_points, write_points
 from utils import (
-    apply_along_axes,
     dice_score,
-    gaussian_matrix,
     hausdorff_95,
     invert_points,
     jacobian_determinant,
@@ -42,6 +42,7 @@ from utils import (
     random_affine,
     reference_grid,
     resample,
+    smooth,
     target_registration_error,
     transform_points,
 )
@@ -65,8 +66,7 @@ def main():
 
     # -- Network: as it was trained --------------------------------------------------------------------------------
     network = build_network(**settings.network_settings(config))
-    weights = settings.BEST_NAME if config.weights == "best" else settings.LAST_NAME
-    helpers.load_weights(network, Path(config.model_dir) / weights)
+    helpers.load_weights(network, Path(config.model_dir) / settings.WEIGHTS[config.weights])
     predict = make_predict(config, network)
     offset = moving_offset(config.moving_shape, config.fixed_shape)
 
@@ -83,8 +83,7 @@ def main():
         for path in (pair.moving_image, pair.fixed_image):
             helpers.warn_of_frame(path)
         moving, fixed = helpers.read_pair(pair)
-        grid_settings = settings.grid_settings(config)
-        network_moving, network_fixed = helpers.pair_to_network(pair, moving, fixed, *grid_settings)
+        network_moving, network_fixed = helpers.pair_to_network(pair, moving, fixed, *settings.grid_settings(config))
         grids = network_fixed.affine, network_moving.affine, offset
 
         # -- Predict: images in, DDF out, both on the network grid -------------------------------------------------
@@ -118,12 +117,11 @@ def main():
         inverse = helpers.displacement_on(
             moving.image.shape, moving.affine, inverse_ddf, inverse_grid, network_fixed.affine, first - offset
         )
-        files = {
-            "warped_image": (helpers.write_nifti, images["after"], fixed.affine),
-            "displacement": (helpers.write_displacement, displacement, fixed.affine),
-            "displacement_inverse": (helpers.write_displacement, inverse, moving.affine),
-        }
-        writing = [threads.submit(write, folder / f"{name}.nii.gz", *data) for name, (write, *data) in files.items()]
+        writing = [
+            threads.submit(helpers.write_nifti, folder / "warped_image.nii.gz", images["after"], fixed.affine),
+            threads.submit(helpers.write_displacement, folder / "displacement.nii.gz", displacement, fixed.affine),
+            threads.submit(helpers.write_displacement, folder / "displacement_inverse.nii.gz", inverse, moving.affine),
+        ]
         if point_file:
             carry_points(point_file, folder, config.points_on, moving, fixed, ddf, *grids)
         (folder / "warped_labels.nii.gz").unlink(missing_ok=True)  # an earlier run may have had labels
@@ -142,7 +140,7 @@ def main():
             written.result()  # raises what went wrong there
 
     summary = results.save(table_dir, rows)
-    plots = [table_dir / "boxplot.png"] if (table_dir / "boxplot.png").exists() else []
+    plots = table_dir.glob("boxplot.png")  # none without labels
     pictures.write_report(table_dir / "report.html", f"Registration: {table_dir}", summary, plots, cases)
     print(f"{summary}written to {table_dir}: warped volumes and displacements of each pair, metrics.csv, report.html")
 
@@ -174,7 +172,7 @@ def check_folder(folder, pair):
 
 
 def carry_points(file, folder, points_on, moving, fixed, ddf, fixed_grid, moving_grid, offset):
-    """Write the points of `file` where they lie in the other image; name those outside of either Volume.
+    """Write the points of `file` where they lie in the other image; name those out of view, folded or not inverted.
 
     ddf, fixed_grid, moving_grid, offset: as of helpers.displacement_on.
     """
@@ -215,10 +213,8 @@ def make_predict(config, network):
     count = (config.views + 1) // 2
     mirror = tf.constant([(-1.0) ** k for k in range(count)]), config.mirror_axis
     largest = config.affine_augmentation if config.views > 1 else 0.0
-    drawn, plain = (
-        random_affine([config.seed, 0], count, config.fixed_shape, amount, *mirror) for amount in (largest, 0.0)
-    )
-    affines = tf.concat([drawn, 2 * plain - drawn], axis=0)[: config.views]
+    opposites = [random_affine([config.seed, 0], count, config.fixed_shape, a, *mirror) for a in (largest, -largest)]
+    affines = tf.concat(opposites, axis=0)[: config.views]
     affines *= tf.constant([1.0, 1.0, 1.0, 0.0])  # no shift
     inverses = tf.concat([tf.linalg.inv(affines[:, :, :3]), affines[:, :, 3:]], axis=-1)
 
@@ -258,7 +254,6 @@ def make_refine_step(config):
     and so long that by the slope the loss would halve, but 1 mm at most (root mean square).
     """
     points = reference_grid(config.fixed_shape) + moving_offset(config.moving_shape, config.fixed_shape)
-    filters = [gaussian_matrix(n, 12 / config.voxel_size) for n in config.fixed_shape]
 
     @tf.function
     def refine_step(ddf, moving_gland, fixed_gland):
@@ -267,7 +262,7 @@ def make_refine_step(config):
             warped = resample(moving_gland, points + ddf)
             loss = tf.reduce_mean(multi_scale(dice, warped, fixed_gland, config.similarity_scales))
         gradient = tape.gradient(loss, ddf)
-        uphill = apply_along_axes(gradient, filters)
+        uphill = smooth(gradient, 12 / config.voxel_size)
         halving = 0.5 * loss / (tf.reduce_sum(uphill * gradient) + 1e-12)
         longest = 1 / config.voxel_size / (tf.sqrt(tf.reduce_mean(tf.reduce_sum(uphill**2, axis=-1))) + 1e-12)
         return ddf - tf.minimum(halving, longest) * uphill
@@ -279,25 +274,17 @@ def measure_pair(case, labels, affine, ddf):
     """Rows of metrics.csv, one for each label. labels: empty, or arrays under "fixed", "before", "after", all of them
     (X, Y, Z, L) on the fixed image's own grid; ddf: on the network's.
     """
-    count = labels["fixed"].shape[-1] if labels else 0
-    rows = [{"case": case, "label": k, **measure_label(labels, k, affine)} for k in range(count)]
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    rows = [{"case": case, "label": k} for k in range(labels["fixed"].shape[-1] if labels else 0)]
+    for row, when in product(rows, results.TIMES):
+        warped, fixed = (labels[name][..., row["label"]] for name in (when, "fixed"))
+        row[f"dice_{when}"] = dice_score(warped >= 0.5, fixed >= 0.5)
+        row[f"tre_{when}_mm"] = target_registration_error(warped, fixed, affine)
+        if row["label"] == 0:
+            row[f"hd95_{when}_mm"] = hausdorff_95(warped >= 0.5, fixed >= 0.5, spacing)
     first, *landmarks = rows or [{"case": case, "label": ""}]
     first |= results.rms_tre(landmarks) | {"folded_percent": 100 * np.mean(jacobian_determinant(ddf) <= 0)}
     return [first, *landmarks]
-
-
-def measure_label(labels, k, affine):
-    """Dice, TRE and, for the gland (label 0), HD95 of one label, before and after."""
-    row = {}
-    fixed = labels["fixed"][..., k]
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    for when in ("before", "after"):
-        warped = labels[when][..., k]
-        row[f"dice_{when}"] = dice_score(warped >= 0.5, fixed >= 0.5)
-        row[f"tre_{when}_mm"] = target_registration_error(warped, fixed, affine)
-        if k == 0:
-            row[f"hd95_{when}_mm"] = hausdorff_95(warped >= 0.5, fixed >= 0.5, spacing)
-    return row
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ README, "Label similarity measures" and "Deformation regularisation".
 
 import tensorflow as tf
 
-from utils import apply_along_axes, centroids, channels_to_batch, gaussian_matrix, reference_grid, stencil_matrix
+from utils import apply_along_axes, centroids, channels_to_batch, reference_grid, smooth, stencil_matrix
 
 EPSILON = 1e-6  # keeps an empty label at a finite loss: 1 for the overlap measures
 
@@ -51,8 +51,7 @@ def multi_scale(similarity, warped, fixed, scales):
     values = []
     labels = [channels_to_batch(label) for label in (warped, fixed)]
     for sigma in scales:
-        filters = [gaussian_matrix(n, sigma) if sigma > 0 else None for n in fixed.shape[1:4]]
-        values.append(similarity(*(apply_along_axes(label, filters) for label in labels)))
+        values.append(similarity(*(smooth(label, sigma) for label in labels)))
     return tf.reshape(tf.add_n(values) / len(values), [-1, fixed.shape[-1]])
 
 

@@ -14,12 +14,12 @@ from keras import layers
 from utils import (
     apply_along_axes,
     centroids,
-    gaussian_matrix,
     moving_offset,
     reference_grid,
     resample,
     resize,
     shift_matrix,
+    smooth,
     transform_points,
 )
 
@@ -117,13 +117,9 @@ def local_contrast(image):
     Ultrasound fades with depth and varies with the probe's contact. The logarithm turns such factors into sums, which
     the local mean takes away. The constants are a grey, and a spread of the logarithm, that count as nothing.
     """
-
-    def smooth(v):
-        return apply_along_axes(v, [gaussian_matrix(n, 3.0) for n in v.shape[1:4]])
-
     logarithm = tf.math.log(image + 0.02)
-    difference = logarithm - smooth(logarithm)
-    return difference * tf.math.rsqrt(smooth(difference**2) + 0.08**2)
+    difference = logarithm - smooth(logarithm, 3.0)
+    return difference * tf.math.rsqrt(smooth(difference**2, 3.0) + 0.08**2)
 
 
 # -- Networks ------------------------------------------------------------------------------------------------------
@@ -136,12 +132,11 @@ def local_ddf(moving, fixed, channels, max_channels, first_kernel, ddf_levels):
     to fine, all in voxels of level 0.
     """
     levels = encoder(layers.Concatenate()([moving, fixed]), channels, max_channels, first_kernel)
-    x = levels[4]
-    ddf = ddf_head(x) if 4 in ddf_levels else None
-    for level in (3, 2, 1, 0):
+    x, ddf = levels[4], None
+    for level in (4, 3, 2, 1, 0):
         if ddf is not None:
             ddf = upsample(ddf, levels[level].shape[1:4])
-        if level >= min(ddf_levels):  # the decoder ends where the last DDF is read
+        if min(ddf_levels) <= level < 4:  # the decoder ends where the last DDF is read
             x = up_block(x, levels[level])
         if level in ddf_levels:
             ddf = ddf_head(x) if ddf is None else ddf + ddf_head(x)

@@ -63,9 +63,7 @@ def plot_overview(path, title, fixed, warped, affine, labels, ddf, determinant, 
     arrays under "fixed", "before", "after"; on the network's grid, ddf: (GX, GY, GZ, 3) voxels of `voxel_size` mm, and
     determinant: (GX, GY, GZ).
     """
-    volumes = {name: canonical(v, affine) for name, v in {"fixed": fixed, **warped}.items()}
-    labels = {name: canonical(v, affine) for name, v in labels.items()}
-    spacing = canonical_spacing(fixed, affine)
+    spacing, volumes, labels = canonical(affine, {"fixed": fixed, **warped}, labels)
     size, grid_size = np.array(volumes["fixed"].shape), np.array(ddf.shape[:3])
     focus = ndimage.center_of_mass(labels["fixed"][..., 0]) if labels else (size - 1) / 2
     focus = np.round(focus).astype(int)
@@ -131,14 +129,11 @@ def plot_overview(path, title, fixed, warped, affine, labels, ddf, determinant, 
     plt.close(figure)
 
 
-def canonical(volume, affine):
-    """A volume's voxels in the axis order and direction nearest to RAS+."""
-    return nib.as_closest_canonical(nib.Nifti1Image(volume, affine)).get_fdata(dtype=np.float32)
-
-
-def canonical_spacing(volume, affine):
-    """Its voxel size in mm along those axes."""
-    return nib.affines.voxel_sizes(nib.as_closest_canonical(nib.Nifti1Image(volume, affine)).affine)
+def canonical(affine, *volumes):
+    """Voxel size in mm, and each dictionary of volumes, in the axis order and direction nearest to RAS+."""
+    turn = nib.io_orientation(affine)
+    spacing = nib.affines.voxel_sizes(affine)[np.argsort(turn[:, 0])]
+    return spacing, *({k: nib.apply_orientation(v, turn).astype(np.float32) for k, v in d.items()} for d in volumes)
 
 
 def grey_limits(volume):
@@ -157,19 +152,19 @@ def viewer(fixed, warped, affine, labels):
     """
     import plotly.express as px
 
-    spacing = canonical_spacing(fixed, affine)
-    shape = np.array(canonical(fixed, affine).shape)
+    spacing, volumes, labels = canonical(affine, {"fixed": fixed, **warped}, labels)
+    shape = np.array(volumes["fixed"].shape)
     factor = spacing / max(spacing.min(), (spacing * shape).max() / 72)
     factor = np.maximum(factor, 2 / shape)  # a slider wants two slices
     colours = {"fixed": GREEN, "before": ORANGE, "after": ORANGE}
     panels = []
-    for kind, volume in {"fixed": fixed, **warped}.items():
-        small = ndimage.zoom(canonical(volume, affine), factor, order=1)
+    for kind, volume in volumes.items():
+        small = ndimage.zoom(volume, factor, order=1)
         low, high = grey_limits(small)
         grey = 4 * np.clip((small - low) / (high - low) * 63, 0, 63).astype(np.uint8)
         panel = np.repeat(grey[..., None], 3, axis=-1)
         for shown in dict.fromkeys(["fixed", kind]) if labels else ():
-            for label in np.moveaxis(canonical(labels[shown], affine), -1, 0):
+            for label in np.moveaxis(labels[shown], -1, 0):
                 inside = ndimage.zoom(label, factor, order=1) > 0.5
                 outline = inside & ~ndimage.binary_erosion(inside, ndimage.generate_binary_structure(3, 1)[:, :, 1:2])
                 panel[outline] = np.round(255 * np.array(to_rgb(colours[shown])))

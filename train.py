@@ -122,10 +122,10 @@ def main():
         with events.as_default(done["step"]):
             for name, value in row.items():
                 tf.summary.scalar(name, value)
-        helpers.save_weights(network, model_dir / settings.LAST_NAME)
+        helpers.save_weights(network, model_dir / settings.WEIGHTS["last"])
         if not valid_pairs or row["valid_loss"] < done["best_loss"]:  # without validation the last are the best known
             done["best_loss"] = row.get("valid_loss", done["best_loss"])
-            helpers.save_weights(network, model_dir / settings.BEST_NAME)
+            helpers.save_weights(network, model_dir / settings.WEIGHTS["best"])
         tqdm.write(", ".join(f"{name} {value}" for name, value in row.items()))
 
     def kept():

@@ -108,6 +108,11 @@ def gaussian_matrix(size, sigma):
     return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
+def smooth(volume, sigma):
+    """Gaussian filter of (B, X, Y, Z, C), sigma in voxels; 0 leaves it as it is."""
+    return apply_along_axes(volume, [gaussian_matrix(n, sigma) for n in volume.shape[1:4]]) if sigma > 0 else volume
+
+
 def stencil_matrix(size, stencil):
     """(size - 2, size) matrix that applies three weights to each voxel and its two neighbours."""
     return sum(w * np.eye(size - 2, size, k) for k, w in enumerate(stencil)).astype(np.float32)

@@ -89,7 +89,6 @@ def tissues(p, patient):
     )
     urethra = np.hypot(q[..., 0], q[..., 1] - 2 - 0.01 * q[..., 2] ** 2)
     return {
-        "point": q,
         "gland": gland,
         "transition": ball(q, centre, radii),
         "nodules": nodules,

@@ -30,14 +30,13 @@ import losses
 from networks import build_network
 from pictures import BLUE, GREEN, ORANGE, RED, grey_limits
 from utils import (
-    apply_along_axes,
     dice_score,
-    gaussian_matrix,
     jacobian_determinant,
     moving_offset,
     reference_grid,
     resample,
     resize,
+    smooth,
     target_registration_error,
 )
 
@@ -124,12 +123,6 @@ def similarity(config):
     save(figure, "similarity.png")
 
 
-def smoothed(label, sigma):
-    """A label (X, Y, Z) after the Gaussian filter of `multi_scale`."""
-    filters = [gaussian_matrix(n, sigma) for n in label.shape] if sigma else [None] * 3
-    return apply_along_axes(tf.constant(label[None, ..., None]), filters)[0, ..., 0].numpy()
-
-
 def scales(config):
     """README, "Label similarity measures": a large and a small label at each scale."""
     _, fixed, _ = load_pair(config, config.voxel_size, config.moving_shape, config.fixed_shape)
@@ -138,8 +131,10 @@ def scales(config):
     for row, k, name in zip(axes, (0, 1 + sizes[1:].argmin()), ("gland", "smallest landmark"), strict=True):
         middle = round(ndimage.center_of_mass(fixed.labels[..., k])[2])
         for axis, sigma in zip(row, config.similarity_scales, strict=True):
-            axis.imshow(smoothed(fixed.labels[..., k], sigma)[..., middle].T, origin="lower", cmap="viridis")
-            axis.set_title("as it is" if sigma == 0 else f"{sigma * config.voxel_size:g} mm")
+            label = np.array(smooth(fixed.labels[None], sigma))[0, :, :, middle, k]
+            axis.imshow(label.T, origin="lower", cmap="viridis")
+            scale = "as it is" if sigma == 0 else f"{sigma * config.voxel_size:g} mm"
+            axis.set_title(f"{scale}, peak {label.max():.2g}")
         row[0].set_ylabel(name)
     save(figure, "scales.png")
 
@@ -190,7 +185,10 @@ def levels(config, network):
     parts |= {"all levels": local, "true field\nless the shift": truth - shift}
     middle = round(ndimage.center_of_mass(fixed.labels[..., 0])[2])
     figure, axes = plt.subplots(1, len(parts), figsize=(13, 3.7), layout="constrained")
-    figure.suptitle("after the shift of the glands by {:.1f}, {:.1f}, {:.1f} mm".format(*shift[0, 0, 0] * voxel))
+    gland = fixed.labels[..., 0] >= 0.5
+    errors = [np.linalg.norm((truth - field)[gland], axis=-1).mean() * voxel for field in (shift, shift + local)]
+    moved = "after the shift of the glands by {:.1f}, {:.1f}, {:.1f} mm".format(*shift[0, 0, 0] * voxel)
+    figure.suptitle(f"{moved} the gland is {errors[0]:.1f} mm off on average, with all levels {errors[1]:.1f} mm")
     for axis, (name, part) in zip(axes, parts.items(), strict=True):
         plane = part[:, :, middle] * voxel
         shown = axis.imshow(np.linalg.norm(plane, axis=-1).T, origin="lower", cmap="viridis", vmin=0, vmax=4)
@@ -250,7 +248,7 @@ def weight(config):
 def main():
     config = settings.load(settings.Path("model") / settings.CONFIG_NAME)
     network = build_network(**settings.network_settings(config))
-    helpers.load_weights(network, Path("model") / settings.BEST_NAME)
+    helpers.load_weights(network, Path("model") / settings.WEIGHTS["best"])
     shutil.copy(Path("output") / CASE / "overview.png", MEDIA)
     shutil.copy(Path("model") / "history.png", MEDIA)
     shutil.copy(Path("output") / "summary.txt", MEDIA / "example_summary.txt")

@@ -30,8 +30,7 @@ from utils import dice_score, moving_offset, target_registration_error
 def main():
     config = settings.parse_for_inference()
     network = build_network(**settings.network_settings(config))
-    weights = settings.BEST_NAME if config.weights == "best" else settings.LAST_NAME
-    helpers.load_weights(network, Path(config.model_dir) / weights)
+    helpers.load_weights(network, Path(config.model_dir) / settings.WEIGHTS[config.weights])
     predict = inference.make_predict(config, network)
     cases = []
     for pair in helpers.find_pairs(config.test_dir):

@@ -243,7 +243,9 @@ def make_folder(folder):
     config = settings.parse(TINY)
     (folder / "model").mkdir()
     (folder / "model" / settings.CONFIG_NAME).write_text(settings.as_json(config))
-    helpers.save_weights(build_network(**settings.network_settings(config)), folder / "model" / settings.BEST_NAME)
+    helpers.save_weights(
+        build_network(**settings.network_settings(config)), folder / "model" / settings.WEIGHTS["best"]
+    )
 
 
 def run(script, words):
