@@ -191,7 +191,8 @@ def check_model_dir(config):
         return
     begun = load(folder / CONFIG_NAME)
     fields = list(Config.__dataclass_fields__)
-    free = {"model_dir", "resume", "test_dir", *fields[fields.index("moving") :]}  # what training does not use
+    # What training does not use; and two folders that may have moved, whose cases train.py compares.
+    free = {"model_dir", "resume", "train_dir", "valid_dir", "test_dir", *fields[fields.index("moving") :]}
     for name, have in dataclasses.asdict(begun).items():
         if name not in free and getattr(config, name) != have:
             raise InputError(

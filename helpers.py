@@ -43,7 +43,10 @@ class Pair:
 
 
 def case_name(path):
-    return Path(path).name.removesuffix(".gz").removesuffix(".nii")
+    name = Path(path).name.removesuffix(".gz").removesuffix(".nii")
+    if not name.isprintable():
+        raise InputError(f"{path}: found a name that is not UTF-8, expected one that can be printed; rename the file")
+    return name
 
 
 def find_pairs(folder, labels="required"):
@@ -159,6 +162,12 @@ def read_nifti(path):
     return data[..., 0] if data.shape[3:] == (1,) else data, affine
 
 
+def same_place(one, other, shape):
+    """Whether two voxel-to-world matrices agree to 0.1 mm on where a grid's first voxel and its axes' ends lie."""
+    ends = np.c_[np.vstack([np.zeros(3), np.diag(shape[:3])]), np.ones(4)]
+    return np.allclose((one - other)[:3] @ ends.T, 0, atol=0.1)
+
+
 def warn_of_frame(path):
     """Programs differ over where an image lies whose header does not say it, or says it in two ways."""
     header = nib.load(path).header
@@ -167,7 +176,7 @@ def warn_of_frame(path):
     except ValueError:  # its quaternion is none
         qform = np.full((4, 4), np.nan), 1
     forms = [form for form, code in (header.get_sform(coded=True), qform) if code]
-    if not forms or not np.allclose(forms[0], forms[-1], atol=0.01):
+    if not forms or not same_place(forms[0], forms[-1], header.get_data_shape()):
         found = "two frames that differ" if forms else "no frame"
         tqdm.write(f"warning: {path}: found {found} in its header (sform, qform), expected one; ITK may read another")
 
@@ -193,13 +202,12 @@ def read_labels(path, image_path, volume):
         raise InputError(f"{path}: found shape {data.shape}, expected 3 dimensions, or 4 with one label in each volume")
     if data.shape[:3] != volume.image.shape:
         raise InputError(f"{path}: found shape {data.shape[:3]}, expected {volume.image.shape} as in {image_path}")
-    ends = np.c_[np.vstack([np.zeros(3), np.diag(data.shape[:3])]), np.ones(4)]  # of the three axes
-    if not np.allclose((affine - volume.affine)[:3] @ ends.T, 0, atol=0.1):
+    if not same_place(affine, volume.affine, data.shape):
         raise InputError(f"{path}: header matrix differs from that of {image_path}, expected the same grid")
-    is_map = data.ndim == 3 and data.max() > 1
+    is_map = data.ndim == 3 and data.max() > 1.01
     if is_map:
-        whole = np.rint(data)  # with a scale factor in the header 1 may be stored as 0.996
-        data = whole if np.abs(data - whole).max() < 0.01 else data
+        whole = np.rint(data)  # with a scale factor in the header 1 may be stored as 0.988
+        data = whole if np.abs(data - whole).max() < 0.1 else data
         values = np.unique(data)
         if values.size > 256 or not np.isin(values, range(values.size)).all():
             found = f"{values.size} values, {values[0]:g} to {values[-1]:g}"
@@ -208,8 +216,9 @@ def read_labels(path, image_path, volume):
             )
         data = (data[..., None] == values[values > 0]).astype(np.float32)
     data = data[..., None] if data.ndim == 3 else data
-    if data.min() < 0 or data.max() > 1:
+    if data.min() < -0.01 or data.max() > 1.01:
         raise InputError(f"{path}: found values {data.min():g} to {data.max():g}, expected 0 to 1")
+    data = np.clip(data, 0, 1)  # filters and scale factors leave 1.0001
     empty = np.flatnonzero(data.max(axis=(0, 1, 2)) < 0.5)
     if empty.size:
         raise InputError(f"{path}: label {empty[0]} is empty, expected at least one voxel of 0.5 or more")

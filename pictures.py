@@ -76,7 +76,7 @@ def plot_overview(path, title, fixed, warped, affine, labels, ddf, determinant, 
     outlines["after"] = {"after": ORANGE, "fixed": GREEN}
 
     figure, axes = plt.subplots(3, 5, figsize=(16, 10), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)  # a name may have dollars in it
     headings = {
         "fixed": "fixed image",
         "before": "moving image, before",

@@ -67,7 +67,8 @@ def read_points(path, frame="file"):
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); expected a file of points") from None
     except Exception as error:  # there are many ways to write a wrong file
-        raise InputError(f"{path}: cannot be read ({error!r}); expected points as in {suffix} files") from None
+        form = "columns x, y, z separated by commas" if suffix == ".csv" else f"points as in {suffix} files"
+        raise InputError(f"{path}: cannot be read ({error!r}); expected {form}") from None
     if positions.shape[1:] != (3,) or not np.isfinite(positions).all():
         raise InputError(f"{path}: found {len(positions)} points, expected one or more of three numbers in mm")
     said = {"0": "RAS", "1": "LPS"}.get(said, said)

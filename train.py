@@ -17,6 +17,7 @@ settings.import_tensorflow()  # before anything else does
 # isort: split
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -96,18 +97,20 @@ def main():
         train_step, valid_step = make_steps(config, network, optimizer)
 
     # -- Optimise: sample, step, report, validate, save ------------------------------------------------------------
-    with helpers.written_aside(model_dir / settings.CONFIG_NAME) as aside:
-        aside.write_text(settings.as_json(config))
-    helpers.write_csv(model_dir / settings.PATIENTS_NAME, [{"case": p.case, "patient": p.patient} for p in train_pairs])
     valid_cases = [pair.case for pair in valid_pairs]
     done = {"step": 0, "minutes": 0.0, "best_loss": float("inf"), "valid": valid_cases, "history": [], "recent": []}
     variables = [*network.variables, *optimizer.variables]
     if config.resume and checkpoint.exists():
         done = helpers.load_checkpoint(checkpoint, variables)
         if done["valid"] != valid_cases:  # the best loss so far is of others
-            raise settings.InputError(f"{config.valid_dir}: found other cases than before, expected the same")
+            raise settings.InputError(
+                f"--valid_dir {config.valid_dir}: found other cases than before, expected the same"
+            )
     elif config.resume:
         print(f"{config.model_dir}: nothing to continue; this training begins")
+    with helpers.written_aside(model_dir / settings.CONFIG_NAME) as aside:
+        aside.write_text(settings.as_json(config))
+    helpers.write_csv(model_dir / settings.PATIENTS_NAME, [{"case": p.case, "patient": p.patient} for p in train_pairs])
     saved, start = done["step"], time.time() - 60 * done["minutes"]
 
     def validate_and_save():
@@ -166,7 +169,8 @@ def main():
                 sys.exit(128 + signals[0])
     events.close()
     what = "" if config.test_dir or config.folds else " --moving FILE --fixed FILE"
-    print(f"trained in {done['minutes']:.1f} minutes; next: python inference.py --model_dir {config.model_dir}{what}")
+    folder = shlex.quote(config.model_dir)
+    print(f"trained in {done['minutes']:.1f} minutes; next: python inference.py --model_dir {folder}{what}")
 
 
 def make_steps(config, network, optimizer):

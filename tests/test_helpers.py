@@ -219,6 +219,12 @@ def test_pairs_are_found_by_name_and_folds_part_patients(example, tmp_path):
         helpers.split_fold(many, 8, 0)
 
 
+def test_a_name_that_no_table_could_hold_is_refused():
+    assert helpers.case_name("Müller #1 $us.nii.gz") == "Müller #1 $us"
+    with pytest.raises(InputError, match="expected one that can be printed"):
+        helpers.case_name("M\udcfcller.nii.gz")  # as Python has a file name that is not UTF-8
+
+
 def test_patients_csv_is_read(tmp_path):
     (tmp_path / "patients.csv").write_text("case,patient\na,p1\nb, p1\nb,p1\n")  # a space makes no other patient
     assert helpers.read_patients(tmp_path / "patients.csv") == {"a": "p1", "b": "p1"}
@@ -328,12 +334,32 @@ def test_a_map_of_integers_is_one_label_for_each(tmp_path):
         nib.save(image_like, path)
         assert not np.isin(helpers.read_nifti(path)[0], (0, 1, 2)).all()
         np.testing.assert_array_equal(helpers.read_labels(path, "image", image)[0], labels)
+    seven = np.arange(6**3).reshape(6, 6, 6) % 8  # in eight bits a 1 of these is 0.988
+    image_like = nib.Nifti1Image(seven.astype(float), affine)
+    image_like.set_data_dtype(np.uint8)
+    nib.save(image_like, path)
+    np.testing.assert_array_equal(helpers.read_labels(path, "image", image)[0] @ np.arange(1, 8), seven)
     for wrong in (stored * 2, stored * 0.75, stored - 1):  # 2 and 4, of which 1 and 3 are missing; fractions; below 0
         helpers.write_nifti(path, wrong.astype(np.float32), affine)
         with pytest.raises(
             InputError, match="expected 0 to 1, or a map of the integers" if wrong.max() > 1 else "expected 0 to 1"
         ):
             helpers.read_labels(path, "image", image)
+
+
+def test_soft_labels_may_be_rounded_beyond_0_and_1_but_not_more(tmp_path, rng):
+    affine, soft = np.diag([2.0, 2, 2, 1]), rng.random((6, 6, 6), np.float32)
+    soft[0, 0, :2] = -0.003, 1.003
+    image, path = helpers.Volume(soft, affine), tmp_path / "labels.nii.gz"
+    for data in (soft, np.stack([soft, soft], axis=-1)):
+        helpers.write_nifti(path, data, affine)
+        labels, is_map = helpers.read_labels(path, "image", image)
+        assert not is_map
+        np.testing.assert_array_equal(labels[..., 0], soft.clip(0, 1))
+        for wrong in (data - 0.02, data + 0.02):
+            helpers.write_nifti(path, wrong, affine)
+            with pytest.raises(InputError, match="expected 0 to 1"):
+                helpers.read_labels(path, "image", image)
 
 
 def test_a_header_that_itk_reads_otherwise_is_named(tmp_path, capsys):
@@ -354,6 +380,14 @@ def test_a_header_that_itk_reads_otherwise_is_named(tmp_path, capsys):
     image.set_sform(sform, 1)
     image.header.set_qform(sform, 1)
     image.header["quatern_b"] = image.header["quatern_c"] = 0.70711  # rounded: a little more than 1 together
+    nib.save(image, path)
+    helpers.warn_of_frame(path)
+    assert "two frames" in capsys.readouterr().out
+    turn = np.eye(4)
+    turn[:2, :2] = [[np.cos(0.01), -np.sin(0.01)], [np.sin(0.01), np.cos(0.01)]]
+    image = nib.Nifti1Image(np.ones((400, 2, 2), np.uint8), None)
+    image.set_sform(np.diag([0.4, 0.4, 0.4, 1]), 1)
+    image.set_qform(turn @ np.diag([0.4, 0.4, 0.4, 1]), 1)  # 1.6 mm apart at the far end
     nib.save(image, path)
     helpers.warn_of_frame(path)
     assert "two frames" in capsys.readouterr().out

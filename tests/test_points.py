@@ -98,6 +98,7 @@ def test_files_keep_their_frame_and_all_else(suffix, frame, tmp_path):
         ("a.csv", "x,y,z\n1,2,3,4\n", "more cells"),
         ("a.fcsv", "# CoordinateSystem = IJK\n1,2,3,4\n", "RAS or LPS"),
         ("a.fcsv", "1,2,3,4\n", "RAS or LPS"),
+        ("a.csv", "X;Y;Z\n1;2;3\n", "columns x, y, z separated by commas"),
         ("a.mrk.json", "{", "JSONDecodeError"),
         ("a.mrk.json", '{"markups": []}', "ValueError"),
         ("a.mrk.json", '{"markups": [{"type": "ROI", "controlPoints": []}]}', "more than its points"),

@@ -75,9 +75,9 @@ def test_thin_volumes_have_a_slider_too():
 def test_a_picture_shows_folding_and_needs_no_labels(pair, tmp_path):
     determinant = np.ones((20, 18, 12))
     ddf = np.zeros((20, 18, 12, 3), np.float32)
-    pictures.plot_overview(tmp_path / "plain.png", "", *pair[:3], {}, ddf, determinant, 3.0)
+    pictures.plot_overview(tmp_path / "plain.png", "A$^B_to_$us", *pair[:3], {}, ddf, determinant, 3.0)
     determinant[8:12, 8:12, 4:8] = -1
-    pictures.plot_overview(tmp_path / "folded.png", "", *pair[:3], {}, ddf, determinant, 3.0)
+    pictures.plot_overview(tmp_path / "folded.png", "A$^B_to_$us", *pair[:3], {}, ddf, determinant, 3.0)
     plain, folded = (np.asarray(Image.open(tmp_path / f"{n}.png").convert("L"), int) for n in ("plain", "folded"))
     where = np.argwhere(folded < plain - 150)
     assert len(where) > 100 and where[:, 1].min() > plain.shape[1] * 0.7  # black, in the last column

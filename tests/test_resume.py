@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import signal
 import time
 
@@ -11,6 +12,7 @@ import pytest
 import rubbish
 import tensorflow as tf
 
+import config
 import helpers
 import train
 
@@ -163,8 +165,20 @@ def test_a_training_is_not_continued_on_other_patients(whole, folders, tmp_path,
 def test_a_training_is_not_continued_with_other_validation(whole, folders, monkeypatch, call):
     find_pairs = helpers.find_pairs
     monkeypatch.setattr(helpers, "find_pairs", lambda folder: find_pairs(folder)[folder.endswith("valid") :])
+    before = {path.name: path.read_bytes() for path in whole.iterdir()}
     status, _, err = call(train, *TINY, *folders, f"--model_dir={whole}", "--resume")
     assert status == 2 and "valid: found other cases than before" in err.splitlines()[-1], err
+    assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
+
+
+def test_the_data_may_have_moved(whole, example, tmp_path, call):
+    """The cases count, not the path; inference.py then looks for them in the new place."""
+    shutil.copytree(whole, tmp_path / "model")
+    (tmp_path / "elsewhere").symlink_to(example)
+    moved = [f"--{name}_dir={tmp_path / 'elsewhere' / name}" for name in ("train", "valid", "test")]
+    status, _, err = call(train, *TINY, *moved, f"--model_dir={tmp_path / 'model'}", "--resume")
+    assert status == 0, err
+    assert config.load(tmp_path / "model" / "config.json").train_dir == str(tmp_path / "elsewhere" / "train")
 
 
 def test_a_gradient_that_is_no_number_stops_before_it_is_saved(folders, tmp_path, monkeypatch, call):
