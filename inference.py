@@ -213,8 +213,10 @@ def make_predict(config, network):
     count = (config.views + 1) // 2
     mirror = tf.constant([(-1.0) ** k for k in range(count)]), config.mirror_axis
     largest = config.affine_augmentation if config.views > 1 else 0.0
-    opposites = [random_affine([config.seed, 0], count, config.fixed_shape, a, *mirror) for a in (largest, -largest)]
-    affines = tf.concat(opposites, axis=0)[: config.views]
+    drawn, plain = (
+        random_affine([config.seed, 0], count, config.fixed_shape, amount, *mirror) for amount in (largest, 0.0)
+    )
+    affines = tf.concat([drawn, 2 * plain - drawn], axis=0)[: config.views]
     affines *= tf.constant([1.0, 1.0, 1.0, 0.0])  # no shift
     inverses = tf.concat([tf.linalg.inv(affines[:, :, :3]), affines[:, :, 3:]], axis=-1)
 
