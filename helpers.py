@@ -45,7 +45,7 @@ class Pair:
 def case_name(path):
     name = Path(path).name.removesuffix(".gz").removesuffix(".nii")
     if not name.isprintable():
-        raise InputError(f"{path}: found a name that is not UTF-8, expected one that can be printed; rename the file")
+        raise InputError(f"{path}: found a name that cannot be printed, expected one in UTF-8; rename the file")
     return name
 
 

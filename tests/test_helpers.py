@@ -221,7 +221,7 @@ def test_pairs_are_found_by_name_and_folds_part_patients(example, tmp_path):
 
 def test_a_name_that_no_table_could_hold_is_refused():
     assert helpers.case_name("Müller #1 $us.nii.gz") == "Müller #1 $us"
-    with pytest.raises(InputError, match="expected one that can be printed"):
+    with pytest.raises(InputError, match="expected one in UTF-8"):
         helpers.case_name("M\udcfcller.nii.gz")  # as Python has a file name that is not UTF-8
 
 
