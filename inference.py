@@ -220,7 +220,7 @@ def make_predict(config, network):
     affines *= tf.constant([1.0, 1.0, 1.0, 0.0])  # no shift
     inverses = tf.concat([tf.linalg.inv(affines[:, :, :3]), affines[:, :, 3:]], axis=-1)
 
-    @tf.function
+    @tf.function(autograph=False)
     def predict_view(moving, fixed, affine, inverse):
         moving = resample(moving, transform_points(moving_grid, affine, config.moving_shape))
         fixed = resample(fixed, transform_points(fixed_grid, affine, config.fixed_shape))
@@ -257,7 +257,7 @@ def make_refine_step(config):
     """
     points = reference_grid(config.fixed_shape) + moving_offset(config.moving_shape, config.fixed_shape)
 
-    @tf.function
+    @tf.function(autograph=False)
     def refine_step(ddf, moving_gland, fixed_gland):
         with tf.GradientTape() as tape:
             tape.watch(ddf)

@@ -178,6 +178,7 @@ def make_steps(config, network, optimizer):
 
     A training step that does not teach all teaches the centred network's search for the glands alone, in less time.
     On several devices each replica takes its share of the batch, and the gradients' mean is what all of them apply.
+    No branch below is on a tensor, so AutoGraph would have nothing to convert; without it a training starts sooner.
     """
     found = {name: output for name, output in network.output.items() if name != "ddf"}
     search = keras.Model(network.inputs, found) if found else None
@@ -186,7 +187,8 @@ def make_steps(config, network, optimizer):
     offset = moving_offset(config.moving_shape, config.fixed_shape)
     on_gpu = bool(tf.config.list_physical_devices("GPU"))
 
-    @tf.function(jit_compile=True)
+    # XLA fuses the many small steps of a warp; on a CPU it is no good for the rest.
+    @tf.function(autograph=False, jit_compile=True)
     def augment(moving, fixed, moving_place, fixed_place):
         """The pair as if it had been scanned in another position: images and labels, resampled together."""
         (moving_affine, moving_bend), (fixed_affine, fixed_bend) = moving_place, fixed_place
@@ -194,7 +196,7 @@ def make_steps(config, network, optimizer):
         fixed_points = transform_points(fixed_grid[None], fixed_affine, config.fixed_shape) + fixed_bend
         return resample(tf.concat(moving, axis=-1), moving_points), resample(tf.concat(fixed, axis=-1), fixed_points)
 
-    @tf.function(jit_compile=True)  # XLA fuses the many small steps of a warp; on a CPU it is no good for the rest
+    @tf.function(autograph=False, jit_compile=True)
     def warp_labels(labels, ddf, affine, bend):
         """One resampling through DDF and augmentation: label'(i) = label(A j + bend(j)), j = i + offset + ddf(i)."""
         points = fixed_grid + offset + ddf
@@ -262,7 +264,7 @@ def make_steps(config, network, optimizer):
         optimizer.apply_gradients(zip(shares, taught.trainable_variables, strict=True))
         return result
 
-    @tf.function(jit_compile=on_gpu and strategy.num_replicas_in_sync == 1)
+    @tf.function(autograph=False, jit_compile=on_gpu and strategy.num_replicas_in_sync == 1)
     def train_step(step, teaches_all=True, **batch):
         def share():
             rows = [strategy.num_replicas_in_sync, config.batch_size // strategy.num_replicas_in_sync]
@@ -273,7 +275,7 @@ def make_steps(config, network, optimizer):
 
         return tf.nest.map_structure(lambda v: strategy.experimental_local_results(v)[0], strategy.run(share))
 
-    @tf.function
+    @tf.function(autograph=False)
     def valid_step(moving_image, fixed_image, moving_labels, fixed_labels, mask):
         outputs = network([moving_image, fixed_image])
         as_it_is = tf.eye(3, 4)[None], tf.zeros((1, *config.moving_shape, 3))
