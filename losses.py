@@ -1,4 +1,4 @@
-"""Losses: label similarity at several scales, and deformation regularisers. Pure functions of their arguments.
+"""Losses: label similarity at several scales, the gland's centre, deformation regularisers. Pure functions.
 
 README, "Label similarity measures" and "Deformation regularisation".
 """
@@ -48,10 +48,8 @@ def multi_scale(similarity, warped, fixed, scales):
 
     scales: standard deviations in voxels, 0 = the label as it is. Returns (B, L).
     """
-    values = []
     labels = [channels_to_batch(label) for label in (warped, fixed)]
-    for sigma in scales:
-        values.append(similarity(*(smooth(label, sigma) for label in labels)))
+    values = [similarity(*(smooth(label, sigma) for label in labels)) for sigma in scales]
     return tf.reshape(tf.add_n(values) / len(values), [-1, fixed.shape[-1]])
 
 
@@ -62,10 +60,10 @@ def mean_over_labels(values, mask):
 
 
 def centre_divergence(log_probability, gland, sigma=1.5):
-    """Kullback-Leibler divergence, in nats, of a Gaussian of `sigma` voxels about the gland's centroid from a guess.
+    """Kullback-Leibler divergence, in nats, from a guess to a Gaussian of `sigma` voxels about the gland's centroid.
 
-    log_probability: (B, X, Y, Z, 1), of each voxel to be the centre; gland: (B, X, Y, Z, 1). Returns (B,), 0 = equal,
-    or no gland there to have a centre.
+    log_probability: (B, X, Y, Z, 1), the guess: of each voxel to be the centre; gland: (B, X, Y, Z, 1). Returns (B,),
+    0 = equal, or no gland there to have a centre.
     """
     batch, there = tf.shape(gland)[0], tf.reduce_max(gland, [1, 2, 3, 4]) > 0
     away = reference_grid(gland.shape[1:4]) - centroids(gland)[:, :, None, None]

@@ -12,13 +12,11 @@ import tensorflow as tf
 from keras import layers
 
 from utils import (
-    apply_along_axes,
     centroids,
     moving_offset,
     reference_grid,
     resample,
     resize,
-    shift_matrix,
     smooth,
     transform_points,
 )
@@ -196,10 +194,6 @@ def build_network(
     grid = reference_grid(fixed_shape)[None]
     offset = moving_offset(moving_shape, fixed_shape)
 
-    def on_fixed_grid(volume):  # the moving image as a DDF of zero would warp it
-        axes = zip(moving_shape, fixed_shape, offset, strict=True)
-        return apply_along_axes(volume, [shift_matrix(*axis) for axis in axes])
-
     def apply_affine(affine, points=grid):
         return transform_points(points, affine, fixed_shape)
 
@@ -215,7 +209,7 @@ def build_network(
         return keras.Model([moving_image, fixed_image], {"ddf": ddf, **maps})
 
     local = channels, max_channels, first_kernel, ddf_levels
-    aligned = layers.Lambda(on_fixed_grid)(moving)
+    aligned = layers.Lambda(lambda v: resample(v, grid + offset))(moving)  # as a DDF of zero would warp it
     if network == "local":
         return model(local_ddf(aligned, fixed, *local))
 

@@ -39,8 +39,9 @@ def moving_offset(moving_shape, fixed_shape):
 def resample(volume, points):
     """Trilinear interpolation; the volume fades to zero over one voxel beyond its outermost centres.
 
-    volume: (B, X, Y, Z, C); points: (B, ..., 3) voxels. Returns (B, ..., C). Differentiable in the points alone: their
-    gradient is written out, because what automatic differentiation makes of the eight neighbours takes twice as long.
+    volume: (B, X, Y, Z, C); points: (B or 1, ..., 3) voxels. Returns (B, ..., C). Differentiable in the points alone:
+    their gradient is written out, because what automatic differentiation makes of the eight neighbours takes twice as
+    long.
     """
     margin = 2  # voxels of zeros around the volume: a point further out sees the same as one among them
     padded = tf.pad(volume, [(0, 0), *[(margin, margin)] * 3, (0, 0)])
@@ -116,12 +117,6 @@ def smooth(volume, sigma):
 def stencil_matrix(size, stencil):
     """(size - 2, size) matrix that applies three weights to each voxel and its two neighbours."""
     return sum(w * np.eye(size - 2, size, k) for k, w in enumerate(stencil)).astype(np.float32)
-
-
-def shift_matrix(size_in, size_out, shift):
-    """(size_out, size_in) matrix of linear interpolation at i + shift, which fades to zero as `resample` does."""
-    distance = np.arange(size_out)[:, None] + shift - np.arange(size_in)[None, :]
-    return np.maximum(1 - np.abs(distance), 0).astype(np.float32)
 
 
 def resize_matrix(size_in, size_out):

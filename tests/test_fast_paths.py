@@ -4,7 +4,7 @@ import numpy as np
 import tensorflow as tf
 
 from losses import bending_energy, dice, multi_scale
-from utils import apply_along_axes, reference_grid, resample, resize, shift_matrix
+from utils import reference_grid, resample, resize
 
 SHAPE = (9, 7, 8)
 
@@ -81,18 +81,6 @@ def test_warp(rng):
     volume = rng.random((2, *SHAPE, 3), np.float32)
     points = rng.uniform(-2, 10, (2, 200, 3)).astype(np.float32)
     agree(lambda p: resample(tf.constant(volume), p), lambda p: plain_resample(tf.constant(volume), p), points)
-
-
-def test_shift(rng):
-    volume, shift = rng.random((2, *SHAPE, 3), np.float32), np.array([-2.5, 1, 0.75], np.float32)
-    new = 11, 8, 5
-    points = tf.repeat(tf.reshape(reference_grid(new) + shift, [1, -1, 3]), 2, axis=0)
-    matrices = [shift_matrix(*axis) for axis in zip(SHAPE, new, shift, strict=True)]
-    agree(
-        lambda v: apply_along_axes(v, matrices),
-        lambda v: tf.reshape(plain_resample(v, points), [2, *new, 3]),
-        volume,
-    )
 
 
 def test_multi_scale_dice(rng):
