@@ -38,7 +38,7 @@ class Config:
     fixed_shape: tuple[int, int, int] = (24, 32, 22)  # voxels of the network grid on the fixed image (RAS order)
     moving_shape: tuple[int, int, int] = (36, 36, 32)  # voxels of the network grid on the moving image (RAS order)
 
-    # Network: of this group, and of voxel_size and the two shapes, inference.py takes no value but the trained model's.
+    # Network: inference.py takes these, voxel_size and the two shapes as the model was trained, and no others.
     network: Literal["local", "global", "composite", "centred"] = "centred"  # DDF; affine; affine + DDF; shift + DDF
     channels: int = 16  # of the local network's first level, doubled at each of the four next (paper: 32)
     global_channels: int = 8  # the same for the network that finds the affine (paper: 8)
@@ -208,8 +208,8 @@ def check_model_dir(config):
 
 
 def as_json(config):
-    saved = dataclasses.asdict(config)
-    del saved["resume"]  # it says what to do now, and nothing of the training
+    now = {"resume", "moving", "fixed", "points"}  # they say what to do now, and nothing of the training
+    saved = {name: value for name, value in dataclasses.asdict(config).items() if name not in now}
     return json.dumps(saved, indent=2) + "\n"
 
 

@@ -63,6 +63,8 @@ def main():
     if config.folds:
         train_pairs, _ = helpers.split_fold(train_pairs, config.folds, config.fold)
     valid_pairs = helpers.find_pairs(config.valid_dir) if config.valid_dir else []
+    if config.test_dir:
+        helpers.find_pairs(config.test_dir, labels="optional")  # what is missing is said now, not after the training
     checkpoint = Path(config.model_dir) / settings.CHECKPOINT_NAME
     if checkpoint.exists():
         helpers.check_patients(checkpoint.with_name(settings.PATIENTS_NAME), trained=train_pairs)
@@ -169,8 +171,8 @@ def main():
                 sys.exit(128 + signals[0])
     events.close()
     what = "" if config.test_dir or config.folds else " --moving FILE --fixed FILE"
-    folder = shlex.quote(config.model_dir)
-    print(f"trained in {done['minutes']:.1f} minutes; next: python inference.py --model_dir {folder}{what}")
+    command = shlex.join([sys.executable, "inference.py", "--model_dir", config.model_dir])
+    print(f"trained in {done['minutes']:.1f} minutes; next: {command}{what}")
 
 
 def make_steps(config, network, optimizer):

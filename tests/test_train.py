@@ -1,6 +1,7 @@
 """train.py, small: every option of a training and of the inference after it, and what a single step does."""
 
 import csv
+import sys
 
 import h5py
 import numpy as np
@@ -30,7 +31,7 @@ def test_every_option_trains_and_registers(options, folders, tmp_path, call):
     named = [word for word in folders if not ("--folds" in options and word.startswith("--test_dir"))]
     status, out, err = call(train, *words, *named, model)
     assert status == 0, err
-    assert out.splitlines()[-1].endswith(f"next: python inference.py --model_dir {tmp_path / 'model'}")
+    assert out.splitlines()[-1].endswith(f"next: {sys.executable} inference.py --model_dir {tmp_path / 'model'}")
     written = {path.name.split(".")[0] for path in (tmp_path / "model").iterdir()}
     assert written == {"config", "trained_patients", "best", "last", "checkpoint", "history", "events"}
     with open(tmp_path / "model" / "history.csv") as file:
