@@ -7,8 +7,8 @@
 
 Writes to --output_dir, per case and on the fixed image's own grid: warped_image.nii.gz, warped_labels.nii.gz,
 displacement.nii.gz (ITK convention, opens in 3D Slicer), overview.png; on the moving one's displacement_inverse.nii.gz;
-and metrics.csv, summary.txt, boxplot.png and report.html for all cases (for one new pair in its folder, with pair.txt
-and the points).
+pair.txt; and metrics.csv, summary.txt, boxplot.png and report.html for all cases (for one new pair in its folder, with
+the points).
 """
 
 import config as settings
@@ -71,10 +71,8 @@ def main():
     offset = moving_offset(config.moving_shape, config.fixed_shape)
 
     # -- Tables: those of an earlier run go before its volumes do --------------------------------------------------
-    table_dir = output_dir
-    if config.moving:
-        table_dir = helpers.make_folder(output_dir / name)
-        check_folder(table_dir, pairs[0])
+    claim_folders(output_dir, pairs)
+    table_dir = output_dir / name if config.moving else output_dir
     for table in ("metrics.csv", "summary.txt", "boxplot.png", "report.html"):
         (table_dir / table).unlink(missing_ok=True)
 
@@ -111,7 +109,7 @@ def main():
         rows += case_rows
 
         # -- Write: the large files are packed while this goes on ---------------------------------------------------
-        folder = helpers.make_folder(output_dir / pair.case)
+        folder = output_dir / pair.case
         inverse_ddf, first = invert(ddf, config.moving_shape, offset)
         inverse_grid = network_moving.affine @ nib.affines.from_matvec(np.eye(3), first)
         inverse = helpers.displacement_on(
@@ -130,6 +128,8 @@ def main():
             if moving.is_map:  # back to a map, by the nearest voxel, so that no gap opens between two labels
                 stored = moving.labels @ np.arange(1, cut.shape[-1] + 1, dtype=np.float32)
                 cut = helpers.warp_to_fixed(stored, moving.affine, displacement, fixed.affine, order=0)
+            elif cut.shape[-1] == 1:
+                cut = cut[..., 0]
             helpers.write_nifti(folder / "warped_labels.nii.gz", cut.astype(np.uint8), fixed.affine)
         shown = fixed.image, images, fixed.affine, labels
         pictures.plot_overview(
@@ -161,14 +161,21 @@ def invert(ddf, moving_shape, offset):
     return inverse.reshape(*(end - first), 3).astype(np.float32), first
 
 
-def check_folder(folder, pair):
-    """Patients' files often have the same names in other folders: results of one are not mixed with another's."""
-    record, paths = folder / "pair.txt", f"{pair.moving_image.resolve()}\n{pair.fixed_image.resolve()}\n"
-    if record.exists() and (found := record.read_text()) != paths:
-        found = " and ".join(found.splitlines())
-        raise settings.InputError(f"{folder}: holds results of {found}; name another --output_dir")
-    with helpers.written_aside(record) as aside:
-        aside.write_text(paths)
+def claim_folders(output_dir, pairs):
+    """Make each pair's folder, with pair.txt, which names its two files; none may hold the results of other files.
+
+    Patients' files often have the same names in other folders.
+    """
+    texts = [f"{pair.moving_image.resolve()}\n{pair.fixed_image.resolve()}\n" for pair in pairs]
+    records = {output_dir / pair.case / "pair.txt": text for pair, text in zip(pairs, texts, strict=True)}
+    for record, paths in records.items():
+        if record.exists() and (found := record.read_text()) != paths:
+            found = " and ".join(found.splitlines())
+            raise settings.InputError(f"{record.parent}: holds results of {found}; name another --output_dir")
+    for record, paths in records.items():
+        helpers.make_folder(record.parent)
+        with helpers.written_aside(record) as aside:
+            aside.write_text(paths)
 
 
 def carry_points(file, folder, points_on, moving, fixed, ddf, fixed_grid, moving_grid, offset):
@@ -203,11 +210,11 @@ def carry_points(file, folder, points_on, moving, fixed, ddf, fixed_grid, moving
 def make_predict(config, network):
     """A function from the images (1, ..., 1) of a pair to its ddf (X, Y, Z, 3), the mean over `views` of the pair.
 
-    A view is the pair as training might have shown it, both volumes under one affine A about their centres. What the
-    network says there of the point A^-1 i is, turned by A, the displacement of i. Mistakes differ between views. For
-    each there is its opposite, turned and scaled as much the other way, so that what is wrong in proportion cancels
-    (antithetic variates, Hammersley and Morton 1956, doi 10.1017/S0305004100031455). Where the network finds the gland,
-    its maps are averaged alike, and `refine_steps` of make_refine_step follow.
+    A view is the pair as training might have shown it, both volumes under one affine A about their centres: at p it
+    shows what the pair has at A p, so ddf(i) = A ddf_of_view(A^-1 i). Mistakes differ between views. For each (of an
+    odd number but one) there is its opposite, turned and scaled as much the other way, so that what is wrong in
+    proportion cancels (antithetic variates, Hammersley and Morton 1956, doi 10.1017/S0305004100031455). Where the
+    network finds the gland, its maps are averaged alike, and `refine_steps` of make_refine_step follow.
     """
     moving_grid, fixed_grid = reference_grid(config.moving_shape)[None], reference_grid(config.fixed_shape)[None]
     count = (config.views + 1) // 2

@@ -44,7 +44,12 @@ def trained(folders, tmp_path_factory):
     return folder
 
 
-def test_it_learns_and_does_not_fold(trained, example, tmp_path, call):
+def of_readme(start):
+    """README's lines of Python that begin so."""
+    return re.search(rf"```python\n({start}.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+
+
+def test_it_learns_and_does_not_fold(trained, example, tmp_path, call, monkeypatch):
     with open(trained / "history.csv") as file:
         history = list(csv.DictReader(file))
     assert float(history[-1]["valid_loss"]) < 0.8 * float(history[0]["valid_loss"])
@@ -57,6 +62,12 @@ def test_it_learns_and_does_not_fold(trained, example, tmp_path, call):
         before, after = (np.mean([float(row[column.format(when)]) for row in glands]) for when in ("before", "after"))
         assert better * after > better * before, column
     assert all(float(row["folded_percent"]) == 0 for row in glands)
+
+    monkeypatch.chdir(tmp_path / "train00")
+    exec(of_readme("import nibabel"), {})
+    labels = nib.load("warped_labels.nii.gz").get_fdata()
+    for k, label in enumerate(np.moveaxis(labels, -1, 0)):
+        np.testing.assert_array_equal(nib.load(f"warped_label_{k}.nii.gz").get_fdata(), label)
 
 
 def test_one_new_pair_needs_no_labels_and_itk_reads_what_is_written(trained, example, tmp_path, call, monkeypatch):
@@ -95,8 +106,8 @@ def test_one_new_pair_needs_no_labels_and_itk_reads_what_is_written(trained, exa
     shutil.copy(fixed, tmp_path / "us.nii.gz")
     shutil.copy(folder / "displacement.nii.gz", tmp_path)
     monkeypatch.chdir(tmp_path)
-    readme, names = (ROOT / "README.md").read_text(), {}
-    exec(re.search(r"```python\n(import SimpleITK.*?)```", readme, re.DOTALL)[1], names)
+    names = {}
+    exec(of_readme("import SimpleITK"), names)
     by_readme = sitk.GetArrayFromImage(sitk.Cast(names["warped"], sitk.sitkFloat32))
     assert np.mean(np.abs(by_readme - sitk.GetArrayFromImage(warped)) > 1e-3 * value_range) < 1e-3
 
@@ -237,6 +248,8 @@ def test_maps_of_integer_labels_come_back_as_maps(trained, example, tmp_path, ca
         labels, affine = helpers.read_nifti(path)
         names = 1 + np.argmax(labels[..., ::-1] > 0.5, axis=-1)  # the gland, unless a landmark lies there
         stored = np.where(labels.max(axis=-1) > 0.5, labels.shape[-1] + 1 - names, 0)
+        if path.name == "test01.nii.gz":  # one label, as one volume
+            stored = labels[..., 0] > 0.5
         helpers.write_nifti(path, stored.astype(np.int16), affine)
     words = [f"--model_dir={trained}", f"--output_dir={tmp_path / 'output'}", f"--test_dir={tmp_path / 'test'}"]
     status, out, err = call(inference, *words)
@@ -250,6 +263,8 @@ def test_maps_of_integer_labels_come_back_as_maps(trained, example, tmp_path, ca
     theirs = sitk.Resample(sitk.ReadImage(str(moving)), warped, field, sitk.sitkNearestNeighbor)
     ours, theirs = sitk.GetArrayFromImage(warped), sitk.GetArrayFromImage(theirs)
     assert ours.max() > 1 and np.mean(ours != theirs) < 1e-3  # ties
+    gland, _ = helpers.read_nifti(tmp_path / "output" / "test01" / "warped_labels.nii.gz")
+    assert nib.load(tmp_path / "output" / "test01" / "warped_labels.nii.gz").ndim == 3 and gland.max() == 1
 
 
 def test_headers_that_share_a_frame_are_the_start_on_request(trained, example, tmp_path, call):
@@ -322,6 +337,26 @@ def test_a_test_folder_without_labels_is_registered_and_not_measured(trained, ex
     status, out, err = call(inference, *words)
     assert status == 0 and "Dice" not in out, err
     assert not list(tmp_path.glob("output/*/warped_labels.nii.gz")) and len(list(tmp_path.glob("output/*/*.png"))) == 2
+
+
+def test_results_of_other_files_are_not_overwritten(tmp_path):
+    files = {folder: tmp_path / folder / "case00.nii.gz" for folder in ("moving", "fixed", "others")}
+    pair = helpers.Pair("case00", "a", files["moving"], files["fixed"])
+    other = helpers.Pair("case00", "a", files["others"], files["fixed"])
+    new = helpers.Pair("case01", "b", files["moving"], files["fixed"])
+    for _ in range(2):
+        inference.claim_folders(tmp_path, [pair])
+    record = tmp_path / "case00" / "pair.txt"
+    assert record.read_text() == f"{files['moving']}\n{files['fixed']}\n"
+    with pytest.raises(config.InputError, match=f"case00: holds results of {files['moving']} and {files['fixed']}"):
+        inference.claim_folders(tmp_path, [new, other])
+    assert record.read_text() == f"{files['moving']}\n{files['fixed']}\n" and not (tmp_path / "case01").exists()
+
+
+def test_a_test_folder_that_is_not_there_is_named_before_training(folders, tmp_path, call):
+    words = [*TINY, *folders[:2], f"--test_dir={tmp_path / 'tset'}", f"--model_dir={tmp_path / 'model'}"]
+    status, _, err = call(train, *words)
+    assert status == 2 and f"{tmp_path / 'tset' / 'moving_images'}: no such folder" in err, err
 
 
 def test_held_out_patients_cannot_be_exchanged_after_training(trained, example, tmp_path, call):
