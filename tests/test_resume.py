@@ -166,7 +166,9 @@ def test_a_training_is_not_continued_on_other_patients(whole, folders, tmp_path,
 
 def test_a_training_is_not_continued_with_other_validation(whole, folders, monkeypatch, call):
     find_pairs = helpers.find_pairs
-    monkeypatch.setattr(helpers, "find_pairs", lambda folder: find_pairs(folder)[folder.endswith("valid") :])
+    monkeypatch.setattr(
+        helpers, "find_pairs", lambda folder, **words: find_pairs(folder, **words)[folder.endswith("valid") :]
+    )
     before = {path.name: path.read_bytes() for path in whole.iterdir()}
     status, _, err = call(train, *TINY, *folders, f"--model_dir={whole}", "--resume")
     assert status == 2 and "valid: found other cases than before" in err.splitlines()[-1], err
