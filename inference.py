@@ -7,8 +7,8 @@
 
 Writes to --output_dir, per case and on the fixed image's own grid: warped_image.nii.gz, warped_labels.nii.gz,
 displacement.nii.gz (ITK convention, opens in 3D Slicer), overview.png; on the moving one's displacement_inverse.nii.gz;
-pair.txt; and metrics.csv, summary.txt, boxplot.png and report.html for all cases (for one new pair in its folder, with
-the points).
+with pair.txt, which names the two images. For all cases (for one new pair in its folder, with the points): metrics.csv,
+summary.txt, boxplot.png and report.html.
 """
 
 import config as settings
@@ -70,7 +70,7 @@ def main():
     predict = make_predict(config, network)
     offset = moving_offset(config.moving_shape, config.fixed_shape)
 
-    # -- Tables: those of an earlier run go before its volumes do --------------------------------------------------
+    # -- Folders: one for each pair; the tables of an earlier run go before its volumes do -------------------------
     claim_folders(output_dir, pairs)
     table_dir = output_dir / name if config.moving else output_dir
     for table in ("metrics.csv", "summary.txt", "boxplot.png", "report.html"):

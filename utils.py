@@ -39,9 +39,9 @@ def moving_offset(moving_shape, fixed_shape):
 def resample(volume, points):
     """Trilinear interpolation; the volume fades to zero over one voxel beyond its outermost centres.
 
-    volume: (B, X, Y, Z, C); points: (B or 1, ..., 3) voxels. Returns (B, ..., C). Differentiable in the points alone:
-    their gradient is written out, because what automatic differentiation makes of the eight neighbours takes twice as
-    long.
+    volume: (B, X, Y, Z, C); points: (B, ..., 3) voxels, or (1, ..., 3) for all volumes alike, then without a gradient.
+    Returns (B, ..., C). Differentiable in the points alone: their gradient is written out, because what automatic
+    differentiation makes of the eight neighbours takes twice as long.
     """
     margin = 2  # voxels of zeros around the volume: a point further out sees the same as one among them
     padded = tf.pad(volume, [(0, 0), *[(margin, margin)] * 3, (0, 0)])
