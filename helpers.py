@@ -389,8 +389,13 @@ class PreparedPairs:
         return os.path.join(self.scratch.name, f"{number}.npz")
 
     def __getitem__(self, number):
-        with np.load(self._file(number)) as arrays:
-            return dict(arrays)
+        path = self._file(number)
+        try:
+            with np.load(path) as arrays:
+                return dict(arrays)
+        except OSError as error:  # some systems tidy up where temporary files lie
+            fix = "expected it to stay; name another folder in TMPDIR, then --resume"
+            raise InputError(f"{path}: cannot be read ({error.strerror}); {fix}") from None
 
 
 def draw_pairs(prepared, numbers, step, batch_size, labels_per_pair, cross_patient, seed):

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import keras
@@ -76,15 +77,16 @@ def main():
         drawing = config.batch_size, config.labels_per_pair, config.cross_patient, config.seed
         return helpers.draw_pairs(prepared, train_numbers, step, *drawing)
 
-    def batches():
-        for step in range(done["step"], config.steps):
-            yield helpers.read_batch(prepared, draw(step))
+    def read(step):
+        return helpers.read_batch(prepared, draw(step))
 
-    first = helpers.read_batch(prepared, draw(0))
-    signature = {name: tf.TensorSpec(array.shape, array.dtype) for name, array in first.items()}
-    options = tf.data.Options()
-    options.autotune.enabled = False  # nothing to tune; its thread kept a finished training waiting, at times 40 s
-    dataset = tf.data.Dataset.from_generator(batches, output_signature=signature).prefetch(4).with_options(options)
+    def batches():
+        """One for each step that is still to come; the next is read while the step computes."""
+        with ThreadPoolExecutor(1) as reader:
+            coming = reader.submit(read, done["step"])
+            for step in range(done["step"] + 1, config.steps + 1):
+                batch, coming = coming.result(), reader.submit(read, step)
+                yield batch
 
     # -- Network: it never sees a label ----------------------------------------------------------------------------
     warm_up, peak = config.steps // 10, config.learning_rate
@@ -137,7 +139,7 @@ def main():
         return f"{checkpoint} is of step {saved}" if saved else "no checkpoint yet"
 
     events = tf.summary.create_file_writer(str(model_dir))
-    progress = tqdm(dataset, "training", config.steps, initial=done["step"], unit="step", disable=None)
+    progress = tqdm(batches(), "training", config.steps, initial=done["step"], unit="step", disable=None)
     with helpers.signals_noted() as signals:
         for batch in progress:
             step = done["step"] + 1

@@ -1,7 +1,9 @@
 """train.py, small: every option of a training and of the inference after it, and what a single step does."""
 
 import csv
+import shutil
 import sys
+import tempfile
 
 import h5py
 import numpy as np
@@ -57,6 +59,22 @@ def test_weight_decay_takes_away_its_share(folders, tmp_path, call):
         weights = []
         file.visititems(lambda name, entry: weights.append(np.abs(entry).max()) if hasattr(entry, "shape") else None)
     assert 0.99e-3 < max(weights) < 1.01e-3
+
+
+@pytest.mark.usefixtures("eagerly")
+def test_prepared_pairs_that_were_tidied_away_end_in_one_line(folders, tmp_path, call, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    make_steps = train.make_steps
+
+    def tidy_up(*arguments):
+        (scratch,) = tmp_path.glob("prepared-pairs-*")
+        shutil.rmtree(scratch)
+        return make_steps(*arguments)
+
+    monkeypatch.setattr(train, "make_steps", tidy_up)
+    status, _, err = call(train, *TINY, *QUICK, "--steps=2", folders[0], "--valid_dir=", f"--model_dir={tmp_path}/m")
+    (line,) = [line for line in err.splitlines() if line.startswith("error")]
+    assert status == 2 and f"{tmp_path}/prepared-pairs-" in line and "TMPDIR" in line
 
 
 @pytest.mark.usefixtures("eagerly")
