@@ -98,7 +98,11 @@ class Config:
         check("search_channels", set(self.search_channels) <= set(powers), "two powers of two: 2, 4, 8, ..., 1024")
         check("first_kernel", self.first_kernel in range(1, 16, 2), "an odd number up to 15")
         check("folds", self.folds == 0 or self.folds >= 2, "0 (off) or 2 and more")
-        folds = f"0 to {self.folds - 1} (folds - 1)" if self.folds else "0, or --folds N beside it"
+        folds = (
+            f"0 to {self.folds - 1} (folds - 1)"
+            if self.folds
+            else "0, or --folds N beside it (inference.py knows both)"
+        )
         check("fold", 0 <= self.fold < max(self.folds, 1), folds)
         check("voxel_size", 0 < self.voxel_size < float("inf"), "a size in mm above 0")
         levels = self.ddf_levels
@@ -140,7 +144,7 @@ def parse(arguments=None, default=None):
 
 
 def trains_on_examples(config):
-    return Path(config.train_dir).resolve() == EXAMPLE_DIR / "train"
+    return Path(config.train_dir).resolve() == (EXAMPLE_DIR / "train").resolve()
 
 
 def parse_for_training():
@@ -153,18 +157,9 @@ def parse_for_training():
     return config
 
 
-NETWORK_SETTINGS = ["network", "moving_shape", "fixed_shape", "channels", "global_channels", "search_channels"]
-NETWORK_SETTINGS += ["max_channels", "first_kernel", "ddf_levels", "dropout"]
-
-
 def grid_settings(config):
     """The last arguments of helpers.pair_to_network."""
     return config.start, config.moving_shape, config.fixed_shape, config.voxel_size
-
-
-def network_settings(config):
-    """The arguments of networks.build_network."""
-    return {name: getattr(config, name) for name in NETWORK_SETTINGS}
 
 
 def parse_for_inference():
@@ -176,8 +171,10 @@ def parse_for_inference():
     model_dir = parse().model_dir
     trained = load(Path(model_dir) / CONFIG_NAME)
     config = dataclasses.replace(parse(default=trained), model_dir=model_dir)
+    fields = list(Config.__dataclass_fields__)
+    of_network = fields[fields.index("voxel_size") : fields.index("dropout") + 1]
     held_out = ["folds", "fold"] if config.folds and not config.test_dir else []
-    for name in [*NETWORK_SETTINGS, "voxel_size", *held_out]:
+    for name in [*of_network, *held_out]:
         asked, have = getattr(config, name), getattr(trained, name)
         if asked != have:
             raise InputError(f"--{name}: found {asked}, expected {have} as {model_dir} was trained; leave it out")

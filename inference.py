@@ -65,7 +65,7 @@ def main():
     output_dir = helpers.make_folder(config.output_dir)
 
     # -- Network: as it was trained --------------------------------------------------------------------------------
-    network = build_network(**settings.network_settings(config))
+    network = build_network(config)
     helpers.load_weights(network, Path(config.model_dir) / settings.WEIGHTS[config.weights])
     predict = make_predict(config, network)
     offset = moving_offset(config.moving_shape, config.fixed_shape)
@@ -96,7 +96,7 @@ def main():
             if moving.labels is not None:
                 labels[when] = helpers.warp_to_fixed(moving.labels, moving.affine, displacement, fixed.affine)
 
-        # -- Measure: where there are labels, or a true deformation ------------------------------------------------
+        # -- Measure: where there are labels; and the error where there is a true deformation too -------------------
         if labels:
             labels["fixed"] = fixed.labels
         case_rows = measure_pair(pair.case, labels, fixed.affine, ddf)

@@ -11,15 +11,7 @@ import keras
 import tensorflow as tf
 from keras import layers
 
-from utils import (
-    centroids,
-    moving_offset,
-    reference_grid,
-    resample,
-    resize,
-    smooth,
-    transform_points,
-)
+from utils import centroids, moving_offset, reference_grid, resample, resize, smooth, transform_points
 
 # -- Blocks --------------------------------------------------------------------------------------------------------
 
@@ -175,19 +167,9 @@ def find_gland(image, channels, max_channels, dropout):
     return gland, centre
 
 
-def build_network(
-    network,
-    moving_shape,
-    fixed_shape,
-    channels,
-    global_channels,
-    search_channels,
-    max_channels,
-    first_kernel,
-    ddf_levels,
-    dropout,
-):
-    """The Keras model of "local", "global", "composite" or "centred" for the two grids."""
+def build_network(config):
+    """The Keras model of "local", "global", "composite" or "centred" for the two grids (config.py, "Network")."""
+    moving_shape, fixed_shape, max_channels = config.moving_shape, config.fixed_shape, config.max_channels
     moving_image = layers.Input((*moving_shape, 1))
     fixed_image = layers.Input((*fixed_shape, 1))
     moving, fixed = layers.Lambda(standardise)(moving_image), layers.Lambda(standardise)(fixed_image)
@@ -208,23 +190,23 @@ def build_network(
     def model(ddf, **maps):
         return keras.Model([moving_image, fixed_image], {"ddf": ddf, **maps})
 
-    local = channels, max_channels, first_kernel, ddf_levels
+    local = config.channels, max_channels, config.first_kernel, config.ddf_levels
     aligned = layers.Lambda(lambda v: resample(v, grid + offset))(moving)  # as a DDF of zero would warp it
-    if network == "local":
+    if config.network == "local":
         return model(local_ddf(aligned, fixed, *local))
 
     maps = {}
-    if network == "centred":
+    if config.network == "centred":
         images = {"moving": moving_image, "fixed": fixed_image}
-        for (name, image), width in zip(images.items(), search_channels, strict=True):
+        for (name, image), width in zip(images.items(), config.search_channels, strict=True):
             seen = layers.Lambda(lambda v: tf.concat([standardise(v), local_contrast(v)], -1))(image)
-            maps[f"{name}_gland"], maps[f"{name}_centre"] = find_gland(seen, width, max_channels, dropout)
+            maps[f"{name}_gland"], maps[f"{name}_centre"] = find_gland(seen, width, max_channels, config.dropout)
         centres = [maps["moving_centre"], maps["fixed_centre"]]
         affine = layers.Lambda(lambda v: tf.stop_gradient(shift_of_centres(v)))(centres)
         moving, fixed = beside(moving, maps["moving_gland"]), beside(fixed, maps["fixed_gland"])
     else:
-        affine = global_affine(aligned, fixed, global_channels, max_channels, first_kernel)
-    if network == "global":
+        affine = global_affine(aligned, fixed, config.global_channels, max_channels, config.first_kernel)
+    if config.network == "global":
         return model(layers.Lambda(lambda a: apply_affine(a) - grid)(affine))
 
     # Composite and centred: the affine first; the local network then sees the moving image that it warped. A fixed

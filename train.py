@@ -94,7 +94,7 @@ def main():
         peak / 20, config.steps - warm_up, warmup_target=peak, warmup_steps=warm_up
     )
     with strategy.scope():
-        network = build_network(**settings.network_settings(config))
+        network = build_network(config)
         # Decoupled weight decay, as AdamW's; that class would trace the schedule once for every weight even for 0.
         optimizer = keras.optimizers.Adam(schedule, weight_decay=config.weight_decay or None)
         optimizer.build(network.trainable_variables)

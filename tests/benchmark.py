@@ -138,7 +138,7 @@ def our_network(channels):
         network="local", voxel_size=1.5, fixed_shape=GRID, moving_shape=GRID, channels=channels,
         max_channels=16 * channels, ddf_levels=(0, 1, 2, 3, 4), similarity_scales=SCALES, labels_per_pair=1,
     )  # fmt: skip
-    return config, build_network(**settings.network_settings(config))
+    return config, build_network(config)
 
 
 def convolution_operations(channels):
@@ -417,7 +417,7 @@ def grow_point(cores, cases=4, labels=4, **changes):
                 image.to_filename(Path(folder, f"{side}_images", f"{case}.nii"))
                 nib.Nifti1Image(label, affine).to_filename(Path(folder, f"{side}_labels", f"{case}.nii"))
         prepared = helpers.PreparedPairs(helpers.find_pairs(folder), *settings.grid_settings(config))
-    network = build_network(**settings.network_settings(config))
+    network = build_network(config)
     step, _ = train.make_steps(config, network, keras.optimizers.Adam(config.learning_rate))
     times = []
     for number in range(10):

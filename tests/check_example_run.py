@@ -29,7 +29,7 @@ from utils import dice_score, moving_offset, target_registration_error
 
 def main():
     config = settings.parse_for_inference()
-    network = build_network(**settings.network_settings(config))
+    network = build_network(config)
     helpers.load_weights(network, Path(config.model_dir) / settings.WEIGHTS[config.weights])
     predict = inference.make_predict(config, network)
     cases = []

@@ -94,7 +94,7 @@ def test_a_pair_turned_and_bent_alike_needs_no_field(monkeypatch, alike):
 
     monkeypatch.setattr(train, "random_affine", lambda *drawn: tf.constant(affine))
     monkeypatch.setattr(train, "random_smooth", smooth)
-    network = build_network(**config.network_settings(settings))  # its field is zero at first
+    network = build_network(settings)  # its field is zero at first
     optimizer = tf.keras.optimizers.Adam()
     optimizer.build(network.trainable_variables)
     step, _ = train.make_steps(settings, network, optimizer)
@@ -110,7 +110,7 @@ def test_a_step_that_does_not_teach_all_teaches_the_search_alone(rng):
     shape = (12, 12, 12)
     quick = {"channels": 2, "search_channels": (2, 2), "ddf_levels": (3,), "similarity_scales": (0,)}
     settings = config.Config(moving_shape=shape, fixed_shape=shape, first_kernel=3, **quick)
-    network = build_network(**config.network_settings(settings))
+    network = build_network(settings)
     maps = [output for name, output in network.output.items() if name != "ddf"]
     search = {weight.path for weight in tf.keras.Model(network.inputs, maps).trainable_variables}
     optimizer = tf.keras.optimizers.Adam(0.01)
