@@ -26,6 +26,7 @@ from config import InputError
 
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # bad headers are named by the checks below
 SUFFIXES = (".nii", ".nii.gz")
+OTHER_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd", ".img", ".mgz", ".dcm")  # volumes too, which are not read
 FOLDERS = ("moving_images", "fixed_images", "moving_labels", "fixed_labels")
 
 # -- Find ----------------------------------------------------------------------------------------------------------
@@ -63,7 +64,13 @@ def find_pairs(folder, labels="required"):
     for name in names:
         if not (folder / name).is_dir():
             raise InputError(f"{folder / name}: no such folder; expected {', '.join(names)} in {folder}")
-        paths = sorted(p for p in (folder / name).iterdir() if p.name.endswith(SUFFIXES) and p.name[0] != ".")
+        paths = sorted(p for p in (folder / name).iterdir() if p.name[0] != ".")
+        for path in paths:
+            if path.name.lower().endswith(SUFFIXES + OTHER_SUFFIXES) and not path.name.endswith(SUFFIXES):
+                raise InputError(
+                    f"{path}: found a volume of this ending, expected .nii or .nii.gz; convert or rename it"
+                )
+        paths = [path for path in paths if path.name.endswith(SUFFIXES)]
         files[name] = {case_name(p): p for p in paths}
         if len(files[name]) < len(paths):
             raise InputError(f"{folder / name}: a case is there both as .nii and as .nii.gz; expected one of them")
@@ -169,15 +176,21 @@ def same_place(one, other, shape):
 
 
 def warn_of_frame(path):
-    """Programs differ over where an image lies whose header does not say it, or says it in two ways."""
+    """Programs differ over where an image lies whose header does not say it, says it in two ways, or shears it."""
     header = nib.load(path).header
     try:
         qform = header.get_qform(coded=True)
     except ValueError:  # its quaternion is none
         qform = np.full((4, 4), np.nan), 1
     forms = [form for form, code in (header.get_sform(coded=True), qform) if code]
-    if not forms or not same_place(forms[0], forms[-1], header.get_data_shape()):
-        found = "two frames that differ" if forms else "no frame"
+    if not forms:
+        found = "no frame"
+    elif not same_place(forms[0], forms[-1], header.get_data_shape()):
+        found = "two frames that differ"
+    else:
+        axes = forms[0][:3, :3] / np.linalg.norm(forms[0][:3, :3], axis=0)
+        found = "a sheared frame" if np.abs(axes.T @ axes - np.eye(3)).max() > 2e-4 else ""
+    if found:
         tqdm.write(f"warning: {path}: found {found} in its header (sform, qform), expected one; ITK may read another")
 
 

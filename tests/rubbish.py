@@ -106,6 +106,8 @@ DATA = {  # what happens to a data set -> (the file to spoil, how, words that th
     "empty folders": (".", empty, "found no .nii"),
     "missing file": (IMAGE, Path.unlink, "train00.nii.gz: missing"),
     "one case as .nii and as .nii.gz": (IMAGE, twice, "both as .nii and as .nii.gz"),
+    "a case in another format": (IMAGE, lambda p: p.rename(p.with_name("train00.nrrd")), "train00.nrrd: found"),
+    "an ending in capitals": (IMAGE, lambda p: p.rename(p.with_name("train00.NII.GZ")), "train00.NII.GZ: found"),
     "folder in place of a file": (IMAGE, folder_instead, "cannot be read"),
     "symbolic link to itself": (IMAGE, loop, "cannot be read"),
     "text": (IMAGE, lambda p: p.write_text("not a NIfTI file at all"), "cannot be read"),
@@ -243,9 +245,7 @@ def make_folder(folder):
     config = settings.parse(TINY)
     (folder / "model").mkdir()
     (folder / "model" / settings.CONFIG_NAME).write_text(settings.as_json(config))
-    helpers.save_weights(
-        build_network(**settings.network_settings(config)), folder / "model" / settings.WEIGHTS["best"]
-    )
+    helpers.save_weights(build_network(config), folder / "model" / settings.WEIGHTS["best"])
 
 
 def run(script, words):

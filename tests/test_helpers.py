@@ -1,5 +1,7 @@
 """Files and geometry: pairing, resampling against SciPy and SimpleITK, the displacement file as ITK reads it."""
 
+import contextlib
+
 import group_patients
 import nibabel as nib
 import numpy as np
@@ -377,6 +379,16 @@ def test_a_header_that_itk_reads_otherwise_is_named(tmp_path, capsys):
         assert out.startswith(f"warning: {path}: found {warning}") if warning else not out
         origin = np.array(sitk.ReadImage(str(path)).GetOrigin()) * [-1, -1, 1]
         assert warning or np.allclose(origin, helpers.read_nifti(path)[1][:3, 3])
+    for angle, warning in {1e-4: "", 1e-3: "a sheared frame"}.items():
+        sheared = sform + np.array([[0, 2 * angle, 0, 0], *[[0] * 4] * 3])
+        image = nib.Nifti1Image(np.ones((4, 5, 6), np.float32), None)
+        image.set_sform(sheared, 1)
+        nib.save(image, path)
+        helpers.warn_of_frame(path)
+        out = capsys.readouterr().out
+        assert f"found {warning}" in out if warning else not out
+        with pytest.raises(RuntimeError) if warning else contextlib.nullcontext():
+            sitk.ReadImage(str(path))
     image.set_sform(sform, 1)
     image.header.set_qform(sform, 1)
     image.header["quatern_b"] = image.header["quatern_c"] = 0.70711  # rounded: a little more than 1 together
