@@ -94,9 +94,11 @@ def test_own_training_data_are_not_judged_by_the_example(monkeypatch):
 
 
 def test_unknown_saved_settings_are_not_executed(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"steps": "__import__('os').system('true')"}))
+    made = tmp_path / "made"
+    (tmp_path / "config.json").write_text(json.dumps({"steps": f"__import__('os').mkdir('{made}')"}))
     with pytest.raises(InputError):
         config.load(tmp_path / "config.json")
+    assert not made.exists()
 
 
 @pytest.mark.parametrize(

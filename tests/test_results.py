@@ -41,8 +41,8 @@ def test_a_pair_that_lost_all_is_counted_without_a_warning():
     rows[3]["hd95_after_mm"] = np.nan
     with warnings.catch_warnings(action="error"):
         text = results.summary(rows)
-        assert "TRE, mm nan to nan" not in results.line(rows[:3])
         assert "gland HD95, mm 9.00 to nan" in results.line(rows[3:])
+        assert "landmark TRE, mm 10.00 to nan" in results.line(rows[3:])
     assert "in no HD95: b\n" in text and "in no TRE: 1 of 3\n  b, label 1\n" in text
     assert "3.00 [3.00 3.00] 3.00" in text and "4.00 [3.50 4.50] 5.00" in text
 

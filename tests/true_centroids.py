@@ -2,8 +2,7 @@
 
     python tests/true_centroids.py --train_dir mrus --folds 5 --fold 0 --output_dir mrus_centroids
 
-Writes metrics.csv, summary.txt and boxplot.png of the held-out pairs, as inference.py does. What knows no
-more than where the gland lies cannot be expected to be better.
+Writes metrics.csv, summary.txt and boxplot.png of the held-out pairs, as inference.py does.
 """
 
 import sys
