@@ -23,6 +23,7 @@ import numpy as np
 import tensorflow as tf
 from matplotlib.collections import LineCollection
 from scipy import ndimage
+from scipy.stats import entropy
 from tqdm import tqdm
 
 import helpers
@@ -88,21 +89,14 @@ def similarity(config):
     shifts = np.arange(-20, 20.1, 1)  # mm
     measures = {"correlation": [], "mutual information": [], "Dice of the gland": []}
 
-    def standard(image):
-        return (image - image.mean()) / image.std()
-
     for shift in shifts:
         ddf = truth + np.array([0, shift / 1.5, 0], np.float32)
         image = warp(moving.image, ddf, offset)[..., 0]
         label = warp(moving.labels, ddf, offset)
-        measures["correlation"].append(np.mean(standard(image) * standard(fixed.image[..., 0])))
+        measures["correlation"].append(np.corrcoef(image.ravel(), fixed.image.ravel())[0, 1])
         joint, *_ = np.histogram2d(image.ravel(), fixed.image.ravel(), bins=32)
-        joint /= joint.sum()
-        expected = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
-        seen = joint > 0
-        measures["mutual information"].append(np.sum(joint[seen] * np.log(joint[seen] / expected[seen])))
-        overlap = losses.dice(label[None], fixed.labels[None])[0].numpy()
-        measures["Dice of the gland"].append(1 - overlap[0])
+        measures["mutual information"].append(entropy(joint.sum(0)) + entropy(joint.sum(1)) - entropy(joint.ravel()))
+        measures["Dice of the gland"].append(1 - losses.dice(label[None], fixed.labels[None])[0, 0].numpy())
     image = warp(moving.image, truth, offset)[..., 0]
     middle = round(ndimage.center_of_mass(fixed.labels[..., 0])[2])
     figure, axes = plt.subplots(1, 4, figsize=(15, 3.6), layout="constrained", width_ratios=(1, 1, 1.1, 1.9))
@@ -247,7 +241,7 @@ def weight(config):
 
 def main():
     config = settings.load(settings.Path("model") / settings.CONFIG_NAME)
-    network = build_network(**settings.network_settings(config))
+    network = build_network(config)
     helpers.load_weights(network, Path("model") / settings.WEIGHTS["best"])
     shutil.copy(Path("output") / CASE / "overview.png", MEDIA)
     shutil.copy(Path("model") / "history.png", MEDIA)
