@@ -98,11 +98,7 @@ class Config:
         check("search_channels", set(self.search_channels) <= set(powers), "two powers of two: 2, 4, 8, ..., 1024")
         check("first_kernel", self.first_kernel in range(1, 16, 2), "an odd number up to 15")
         check("folds", self.folds == 0 or self.folds >= 2, "0 (off) or 2 and more")
-        folds = (
-            f"0 to {self.folds - 1} (folds - 1)"
-            if self.folds
-            else "0, or --folds N beside it (inference.py knows both)"
-        )
+        folds = f"0 to {self.folds - 1} (folds - 1)" if self.folds else "0, or --folds N beside it (a model has both)"
         check("fold", 0 <= self.fold < max(self.folds, 1), folds)
         check("voxel_size", 0 < self.voxel_size < float("inf"), "a size in mm above 0")
         levels = self.ddf_levels

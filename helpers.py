@@ -26,7 +26,7 @@ from config import InputError
 
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # bad headers are named by the checks below
 SUFFIXES = (".nii", ".nii.gz")
-OTHER_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd", ".img", ".mgz", ".dcm")  # volumes too, which are not read
+VOLUMES = (*SUFFIXES, ".nrrd", ".nhdr", ".mha", ".mhd", ".img", ".mgz", ".dcm")  # of which only SUFFIXES are read
 FOLDERS = ("moving_images", "fixed_images", "moving_labels", "fixed_labels")
 
 # -- Find ----------------------------------------------------------------------------------------------------------
@@ -64,13 +64,10 @@ def find_pairs(folder, labels="required"):
     for name in names:
         if not (folder / name).is_dir():
             raise InputError(f"{folder / name}: no such folder; expected {', '.join(names)} in {folder}")
-        paths = sorted(p for p in (folder / name).iterdir() if p.name[0] != ".")
+        paths = sorted(p for p in (folder / name).iterdir() if p.name[0] != "." and p.name.lower().endswith(VOLUMES))
         for path in paths:
-            if path.name.lower().endswith(SUFFIXES + OTHER_SUFFIXES) and not path.name.endswith(SUFFIXES):
-                raise InputError(
-                    f"{path}: found a volume of this ending, expected .nii or .nii.gz; convert or rename it"
-                )
-        paths = [path for path in paths if path.name.endswith(SUFFIXES)]
+            if not path.name.endswith(SUFFIXES):
+                raise InputError(f"{path}: found a volume of this kind, expected .nii or .nii.gz; convert or rename it")
         files[name] = {case_name(p): p for p in paths}
         if len(files[name]) < len(paths):
             raise InputError(f"{folder / name}: a case is there both as .nii and as .nii.gz; expected one of them")
