@@ -168,7 +168,7 @@ def parse_for_inference():
     trained = load(Path(model_dir) / CONFIG_NAME)
     config = dataclasses.replace(parse(default=trained), model_dir=model_dir)
     fields = list(Config.__dataclass_fields__)
-    of_network = fields[fields.index("voxel_size") : fields.index("dropout") + 1]
+    of_network = fields[fields.index("voxel_size") : fields.index("dropout") + 1]  # the grids and all of "Network"
     held_out = ["folds", "fold"] if config.folds and not config.test_dir else []
     for name in [*of_network, *held_out]:
         asked, have = getattr(config, name), getattr(trained, name)
