@@ -119,7 +119,7 @@ def ours(part, channels):
 
         return lambda: gradient()[0].numpy()
     if part == "training step":
-        optimizer = keras.optimizers.Adam(1e-5, global_clipnorm=1.0)
+        optimizer = keras.optimizers.Adam(1e-5)
         step, _ = train.make_steps(config, network, optimizer)
         batch = {"moving_image": moving, "fixed_image": fixed, "mask": tf.ones((BATCH, 1))}
         batch |= {"moving_labels": moving_label, "fixed_labels": fixed_label}
