@@ -1,11 +1,12 @@
-"""Losses: label similarity at several scales, the gland's centre, deformation regularisers. Pure functions.
+"""Losses: label similarity at several scales, and deformation regularisers. Pure functions.
 
 README, "Label similarity measures" and "Deformation regularisation".
 """
 
+import numpy as np
 import tensorflow as tf
 
-from utils import apply_along_axes, centroids, channels_to_batch, reference_grid, smooth, stencil_matrix
+from utils import apply_along_axes, channels_to_batch, smooth
 
 EPSILON = 1e-6  # keeps an empty label at a finite loss: 1 for the overlap measures
 
@@ -25,8 +26,8 @@ def dice(warped, fixed):
 
 def jaccard(warped, fixed):
     """1 - soft Jaccard index (intersection over union) with squared sums, in [0, 1]."""
-    overlap = 1 - dice(warped, fixed)
-    return 1 - overlap / (2 - overlap)
+    dice_score = 1 - dice(warped, fixed)
+    return 1 - dice_score / (2 - dice_score)
 
 
 def cross_entropy(warped, fixed):
@@ -48,56 +49,43 @@ def multi_scale(similarity, warped, fixed, scales):
 
     scales: standard deviations in voxels, 0 = the label as it is. Returns (B, L).
     """
-    labels = [channels_to_batch(label) for label in (warped, fixed)]
+    labels = channels_to_batch(warped), channels_to_batch(fixed)  # (B * L, X, Y, Z, 1): faster than many channels
     values = [similarity(*(smooth(label, sigma) for label in labels)) for sigma in scales]
     return tf.reshape(tf.add_n(values) / len(values), [-1, fixed.shape[-1]])
 
 
-def mean_over_labels(values, mask):
-    """Mean over the labels that a pair has, then over pairs. values, mask: (B, L), mask 1 = present. Scalar."""
+def masked_mean(values, mask):
+    """Mean over the labels that count, then over pairs. values, mask: (B, L), mask 1 = counts. Scalar."""
     per_pair = tf.reduce_sum(values * mask, 1) / tf.maximum(tf.reduce_sum(mask, 1), 1)
     return tf.reduce_mean(per_pair)
 
 
-def centre_divergence(log_probability, gland, sigma=1.5):
-    """Kullback-Leibler divergence, in nats, from a guess to a Gaussian of `sigma` voxels about the gland's centroid.
-
-    log_probability: (B, X, Y, Z, 1), the guess: of each voxel to be the centre; gland: (B, X, Y, Z, 1). Returns (B,),
-    0 = equal, or no gland there to have a centre.
-    """
-    batch, there = tf.shape(gland)[0], tf.reduce_max(gland, [1, 2, 3, 4]) > 0
-    away = reference_grid(gland.shape[1:4]) - centroids(gland)[:, :, None, None]
-    target = tf.nn.log_softmax(tf.reshape(-tf.reduce_sum(away**2, -1) / (2 * sigma**2), [batch, -1]))
-    divergence = tf.reduce_sum(tf.exp(target) * (target - tf.reshape(log_probability, [batch, -1])), -1)
-    return tf.where(there, divergence, 0.0)
-
-
 # -- Deformation regularisation: ddf (B, X, Y, Z, 3) in voxels -> scalar -------------------------------------------
 
+STENCILS = np.array([[0, 1, 0], [-0.5, 0, 0.5], [1, -2, 1]])  # of the value, the first and the second derivative
 
-def derivative(ddf, order):
-    """Central differences of the given order, such as (1, 0, 1) for dxz, of the interior.
 
-    ddf: (B * 3, X, Y, Z, 1), one component each, as `channels_to_batch` gives it. Returns (B * 3, X-2, Y-2, Z-2, 1).
+def derivatives(ddf, *orders):
+    """Central differences of each component in the interior, one tensor (B * 3, X-2, Y-2, Z-2, 1) for each order.
+
+    An order is of x, y and z, such as (1, 0, 1) for dxz.
     """
-    stencils = {0: [0, 1, 0], 1: [-0.5, 0, 0.5], 2: [1, -2, 1]}
-    return apply_along_axes(ddf, [stencil_matrix(n, stencils[k]) for n, k in zip(ddf.shape[1:4], order, strict=True)])
 
+    def matrix(size, axis_order):
+        return sum(weight * np.eye(size - 2, size, k) for k, weight in enumerate(STENCILS[axis_order]))
 
-def displacement_gradient(ddf):
-    """dx, dy and dz of every component, voxel per voxel: three tensors (B * 3, X-2, Y-2, Z-2, 1)."""
-    ddf = channels_to_batch(ddf)
-    return [derivative(ddf, order) for order in ((1, 0, 0), (0, 1, 0), (0, 0, 1))]
+    components, shape = channels_to_batch(ddf), ddf.shape[1:4]
+    return [apply_along_axes(components, [matrix(n, o) for n, o in zip(shape, order, strict=True)]) for order in orders]
 
 
 def gradient_l1(ddf):
     """Mean over voxels and components of |dx| + |dy| + |dz|."""
-    return tf.add_n([tf.reduce_mean(tf.abs(d)) for d in displacement_gradient(ddf)])
+    return tf.add_n([tf.reduce_mean(tf.abs(d)) for d in derivatives(ddf, (1, 0, 0), (0, 1, 0), (0, 0, 1))])
 
 
 def gradient_l2(ddf):
     """Mean over voxels and components of dx^2 + dy^2 + dz^2."""
-    return tf.add_n([tf.reduce_mean(d**2) for d in displacement_gradient(ddf)])
+    return tf.add_n([tf.reduce_mean(d**2) for d in derivatives(ddf, (1, 0, 0), (0, 1, 0), (0, 0, 1))])
 
 
 def bending_energy(ddf):
@@ -105,9 +93,8 @@ def bending_energy(ddf):
 
     Zero for every affine field, so shift, rotation and scale cost nothing.
     """
-    ddf = channels_to_batch(ddf)
-    pure = [derivative(ddf, order) for order in ((2, 0, 0), (0, 2, 0), (0, 0, 2))]
-    mixed = [derivative(ddf, order) for order in ((1, 1, 0), (1, 0, 1), (0, 1, 1))]
+    pure = derivatives(ddf, (2, 0, 0), (0, 2, 0), (0, 0, 2))
+    mixed = derivatives(ddf, (1, 1, 0), (1, 0, 1), (0, 1, 1))
     return tf.add_n([tf.reduce_mean(d**2) for d in pure]) + 2 * tf.add_n([tf.reduce_mean(d**2) for d in mixed])
 
 

@@ -1,217 +1,190 @@
 """Networks: a moving and a fixed image in, a dense displacement field (DDF) out. No network ever sees a label.
 
-All four are Keras models of one signature: [moving (B, MX, MY, MZ, 1), fixed (B, X, Y, Z, 1)] -> a dictionary with
-"ddf" (B, X, Y, Z, 3) in voxels; the centred one adds "moving_gland", "fixed_gland", "moving_centre" and "fixed_centre",
-shaped like the images, which the loss compares with the gland. Their last layers start at zero, so training starts from
-no deformation.
-README, "Networks"; Hu et al. 2018 (doi 10.1016/j.media.2018.07.002 and arXiv 1711.01666).
+Each builder returns a Keras model: [moving (B, MX, MY, MZ, 1), fixed (B, X, Y, Z, 1)] -> ddf (B, X, Y, Z, 3) in voxels.
+A DDF of zero lays the centres of the two grids over each other; training starts from it.
+README, "Networks"; Hu et al. 2018 (doi 10.1016/j.media.2018.07.002, arXiv 1711.01666).
 """
 
 import keras
+import numpy as np
 import tensorflow as tf
 from keras import layers
+from keras.activations import leaky_relu
 
-from utils import centroids, moving_offset, reference_grid, resample, resize, smooth, transform_points
+from utils import affine_transform, fit_affine, reference_grid, resize, warp
+
+MAX_CHANNELS = 64  # where the doubling of channels ends (paper: 512); small data sets need no more
+LOCAL_DEPTH, GLOBAL_DEPTH = 5, 3  # levels of the two U-Nets
+KEYPOINTS = 16  # corresponding points that GlobalNet finds; an affine needs 4
+PLACE_RADIUS = 5  # voxels, of the sphere on which the keypoints start
+BUMP_WIDTH = 8  # voxels, standard deviation of the Gaussian that each heat map starts with: wide, so it hardly steers
 
 # -- Blocks --------------------------------------------------------------------------------------------------------
 
 
-class Gain(layers.Layer):
+class ZeroInitScale(layers.Layer):
     """Multiply each channel by a learned factor, zero at first."""
 
     def build(self, shape):
-        self.gain = self.add_weight(shape=(shape[-1],), initializer="zeros", name="gain")
+        self.scale = self.add_weight(shape=(shape[-1],), initializer="zeros", name="scale")
 
     def call(self, x):
-        return x * self.gain
+        return x * self.scale
 
 
-def conv(x, channels, kernel=3):
-    return layers.Conv3D(channels, kernel, padding="same", kernel_initializer="he_normal")(x)
+def lambda_layer(function, *tensors, name=None, **options):
+    """Use a TensorFlow function on the tensors of a Keras model."""
+    return layers.Lambda(lambda inputs: function(*inputs, **options), name=name)(tensors)
 
 
-def activation(x):
-    return layers.LeakyReLU(0.1)(x)
+def convolution(x, channels, kernel=3, **options):
+    return layers.Conv3D(channels, kernel, padding="same", kernel_initializer="he_normal", **options)(x)
 
 
-def shortcut_block(x):
-    """Two convolutions around which the input is carried and added.
+def standardise(x):
+    """Zero mean and unit variance of each channel of each volume (B, X, Y, Z, C): instance normalisation."""
+    mean, variance = tf.nn.moments(x, [1, 2, 3], keepdims=True)
+    return (x - mean) * tf.math.rsqrt(variance + 1e-6)
 
-    The convolutions enter with a gain of zero (De and Smith 2020, arXiv 2002.10444), so that a deep network starts as
-    a shallow one. This stands where Hu et al. have batch normalisation: it means the same for one pair as for a
-    batch, in training as in inference, and costs nothing.
+
+def residual_block(x, norm):
+    """Two convolutions around which the input is carried and added (He et al. 2016, arXiv 1512.03385).
+
+    norm: "zero-init" scales what they add by a factor that starts at zero (De and Smith 2020, arXiv 2002.10444);
+    "instance" is instance normalisation (Ulyanov et al. 2016, arXiv 1607.08022). Unlike the batch normalisation of
+    Hu et al., both give a pair the same result alone and in a batch, in training and in inference.
     """
-    y = conv(activation(conv(x, x.shape[-1])), x.shape[-1])
-    return activation(x + Gain()(y))
+    channels = x.shape[-1]
+    if norm == "instance":  # it would remove any bias
+        y = leaky_relu(lambda_layer(standardise, convolution(x, channels, use_bias=False)))
+        return leaky_relu(x + lambda_layer(standardise, convolution(y, channels, use_bias=False)))
+    y = convolution(leaky_relu(convolution(x, channels)), channels)
+    return leaky_relu(x + ZeroInitScale()(y))
 
 
-def normalised_block(x):
-    """The same with instance normalisation (Ulyanov et al. 2016, arXiv 1607.08022) in place of the gain.
-
-    The gland of patients that were not in the training is found better with it, its centre in ultrasound 0.4 to 0.7 mm
-    nearer (means of two folds, media/experiments.csv).
-    """
-
-    def normalise(y):  # each channel of each volume to zero mean and unit variance, then a learned scale and shift
-        return layers.GroupNormalization(groups=-1)(y)
-
-    y = activation(normalise(conv(x, x.shape[-1])))
-    return activation(x + normalise(conv(y, x.shape[-1])))
-
-
-def encoder(x, channels, max_channels, first_kernel, block=shortcut_block, depth=5):
-    """Residual down blocks from level 0 (finest): each half the size, twice the channels up to `max_channels`."""
+def encoder(x, channels, depth, norm):
+    """Features of each level, from 0 (finest): each has half the size and twice the channels of the one before."""
     levels = []
     for level in range(depth):
-        width = min(channels * 2**level, max_channels)
-        x = block(activation(conv(x, width, first_kernel if level == 0 else 3)))
+        x = layers.MaxPool3D(2, padding="same")(x) if levels else x
+        x = residual_block(convolution(x, min(channels * 2**level, MAX_CHANNELS), activation="leaky_relu"), norm)
         levels.append(x)
-        x = layers.MaxPool3D(2, padding="same")(x)
     return levels
 
 
-def up_block(x, skip, block=shortcut_block):
-    """Double the size and add what the encoder kept at this level.
-
-    Additive upsampling (Hu et al. 2018): channels summed in groups, which needs no weights, beside a learned 1x1x1 mix.
-    """
+def up_block(x, skip, norm):
+    """Additive upsampling (Hu et al. 2018) to the size of the encoder's features `skip`, which are added."""
     channels = skip.shape[-1]
-    grouped = layers.Reshape((*x.shape[1:4], channels, x.shape[-1] // channels))(x)
-    summed = layers.Lambda(lambda v: tf.reduce_sum(v, axis=-1))(grouped)
-    x = upsample(summed + conv(x, channels, kernel=1), skip.shape[1:4])
-    return block(x + skip)
+    groups = layers.Reshape((*x.shape[1:4], channels, x.shape[-1] // channels))(x)
+    x = lambda_layer(tf.reduce_sum, groups, axis=-1) + convolution(x, channels, kernel=1)
+    return residual_block(lambda_layer(resize, x, shape=skip.shape[1:4]) + skip, norm)
 
 
-def upsample(x, shape):
-    return layers.Lambda(lambda v: resize(v, shape))(x)
-
-
-def ddf_head(x):
-    """Features -> three displacement components, zero at first.
-
-    Adam moves every weight alike, so a sum over n inputs would move sqrt(n) to n times as fast; the factor holds back.
-    """
+def zero_convolution(x, channels):
+    """A last convolution, zero at first. Adam moves all n weights of an output at once; the factor slows it down."""
     n = 27 * x.shape[-1]
-    return layers.Conv3D(3, 3, padding="same", kernel_initializer="zeros")(x * n**-0.5)
+    return layers.Conv3D(channels, 3, padding="same", kernel_initializer="zeros")(x * n**-0.5)
 
 
-def standardise(image):
-    """Zero mean and unit variance of each volume: the scanner's brightness and contrast fall away."""
-    mean, variance = tf.nn.moments(image, [1, 2, 3, 4], keepdims=True)
-    return (image - mean) * tf.math.rsqrt(variance + 1e-6)
+# -- LocalNet: a displacement for every voxel ------------------------------------------------------------------------
 
 
-def local_contrast(image):
-    """Greys (B, X, Y, Z, 1) in 0..1 against what lies around them, in standard deviations there.
+def local_ddf(moving, fixed, channels, ddf_levels):
+    """Two images (B, X, Y, Z, 1) on the fixed grid -> ddf (B, X, Y, Z, 3).
 
-    Ultrasound fades with depth and varies with the probe's contact. The logarithm turns such factors into sums, which
-    the local mean takes away. The constants are a grey, and a spread of the logarithm, that count as nothing.
+    A U-Net, with a small DDF at each of `ddf_levels`; they are summed from coarse to fine, all in voxels of level 0.
     """
-    logarithm = tf.math.log(image + 0.02)
-    difference = logarithm - smooth(logarithm, 3.0)
-    return difference * tf.math.rsqrt(smooth(difference**2, 3.0) + 0.08**2)
-
-
-# -- Networks ------------------------------------------------------------------------------------------------------
-
-
-def local_ddf(moving, fixed, channels, max_channels, first_kernel, ddf_levels):
-    """LocalNet: two images (B, X, Y, Z, 1) on the fixed grid -> ddf.
-
-    An encoder, a decoder with skip connections, and at each of `ddf_levels` a small DDF. They are summed from coarse
-    to fine, all in voxels of level 0.
-    """
-    levels = encoder(layers.Concatenate()([moving, fixed]), channels, max_channels, first_kernel)
-    x, ddf = levels[4], None
-    for level in (4, 3, 2, 1, 0):
+    levels = encoder(layers.Concatenate()([moving, fixed]), channels, LOCAL_DEPTH, "zero-init")
+    x, ddf = levels[-1], None
+    for level in reversed(range(LOCAL_DEPTH)):
         if ddf is not None:
-            ddf = upsample(ddf, levels[level].shape[1:4])
-        if min(ddf_levels) <= level < 4:  # the decoder ends where the last DDF is read
-            x = up_block(x, levels[level])
+            ddf = lambda_layer(resize, ddf, shape=levels[level].shape[1:4])
+        if min(ddf_levels) <= level < LOCAL_DEPTH - 1:  # the decoder ends at the finest of ddf_levels
+            x = up_block(x, levels[level], "zero-init")
         if level in ddf_levels:
-            ddf = ddf_head(x) if ddf is None else ddf + ddf_head(x)
+            ddf = zero_convolution(x, 3) if ddf is None else ddf + zero_convolution(x, 3)
     return ddf
 
 
-def global_affine(moving, fixed, channels, max_channels, first_kernel):
-    """GlobalNet: two images (B, X, Y, Z, 1) on the fixed grid -> affine (B, 3, 4) about that grid's centre."""
-    shape = fixed.shape[1:4]
-    x = encoder(layers.Concatenate()([moving, fixed]), channels, max_channels, first_kernel)[4]
-    features = layers.Flatten()(x)
-    entries = layers.Dense(12, kernel_initializer="zeros")(features * features.shape[-1] ** -0.5)  # as in ddf_head
-
-    def to_affine(entries):
-        # Entries are voxels: of shift in the last column, of motion at the volume's border in the others.
-        border = tf.constant([[n / 2 for n in shape] + [1.0]])
-        return tf.reshape(entries, [-1, 3, 4]) / border + tf.eye(3, 4)
-
-    return layers.Lambda(to_affine)(entries)
+# -- GlobalNet: corresponding points, and the affine that fits them --------------------------------------------------
 
 
-def find_gland(image, channels, max_channels, dropout):
-    """Where in one image (B, X, Y, Z, C) the gland is: two volumes (B, X, Y, Z, 1), worked out at half the resolution.
+def keypoints(image, channels, dropout, name):
+    """Find K points in one image (B, X, Y, Z, 1): (B, K, 3), in voxels from its centre.
 
-    gland: from 0 to 1, how much of it is there; 0.5 at first. centre: log-probability of each voxel to be its centre,
-    as landmarks are found by heat maps; all alike at first. It is more exact than the centre of mass of the former.
-    dropout: share of the coarsest features, half of it of the finer ones, that is withheld in training.
+    A U-Net at half the resolution gives K heat maps. Convolutions are translation-equivariant: where the organ moves,
+    its points follow. dropout: rate for the coarsest features, and half of it for the finer ones.
     """
-    half = activation(layers.Conv3D(channels, 5, strides=2, padding="same", kernel_initializer="he_normal")(image))
-    x, *finer = encoder(half, 2 * channels, max_channels, 3, normalised_block, depth=3)[::-1]
+    half = convolution(image, channels, strides=2, activation="leaky_relu")
+    x, *skips = encoder(half, 2 * channels, GLOBAL_DEPTH, "instance")[::-1]
     x = layers.SpatialDropout3D(dropout)(x)
-    for skip in finer:
-        x = up_block(x, layers.SpatialDropout3D(dropout / 2)(skip), normalised_block)
-    scores = upsample(layers.Conv3D(2, 3, padding="same", kernel_initializer="zeros")(x), image.shape[1:4])
-    gland, centre = layers.Lambda(lambda v: tf.split(v, 2, axis=-1))(scores)
-    gland = layers.Lambda(tf.sigmoid)(gland)
-    centre = layers.Lambda(lambda v: v - tf.reduce_logsumexp(v, [1, 2, 3], keepdims=True))(centre)
-    return gland, centre
+    for skip in skips:
+        x = up_block(x, layers.SpatialDropout3D(dropout / 2)(skip), "instance")
+    return lambda_layer(heat_map_points, zero_convolution(x, KEYPOINTS), name=f"{name}_points")
 
 
-def build_network(config):
-    """The Keras model of "local", "global", "composite" or "centred" for the two grids (config.py, "Network")."""
-    moving_shape, fixed_shape, max_channels = config.moving_shape, config.fixed_shape, config.max_channels
-    moving_image = layers.Input((*moving_shape, 1))
-    fixed_image = layers.Input((*fixed_shape, 1))
-    moving, fixed = layers.Lambda(standardise)(moving_image), layers.Lambda(standardise)(fixed_image)
-    grid = reference_grid(fixed_shape)[None]
-    offset = moving_offset(moving_shape, fixed_shape)
+def heat_map_points(scores):
+    """Heat maps (B, X/2, Y/2, Z/2, K) -> points (B, K, 3), in voxels from the volume's centre.
 
-    def apply_affine(affine, points=grid):
-        return transform_points(points, affine, fixed_shape)
+    From zero scores alone, all K points would start as one and get the same gradient. So each starts in a place of its
+    own, with a Gaussian bump there. That point k means the same spot in both images, the label loss teaches.
+    """
+    shape, count = scores.shape[1:4], scores.shape[-1]
+    grid = 2 * (reference_grid(shape) - (np.array(shape, np.float32) - 1) / 2)
+    z = 1 - (2 * np.arange(count) + 1) / count  # a Fibonacci lattice spreads points evenly over a sphere
+    angle, r = np.pi * (1 + 5**0.5) * np.arange(count), np.sqrt(1 - z**2)
+    places = PLACE_RADIUS * np.stack([r * np.cos(angle), r * np.sin(angle), z], axis=-1).astype(np.float32)
+    log_bumps = -tf.reduce_sum((grid[..., None, :] - places) ** 2, axis=-1) / (2 * BUMP_WIDTH**2)
+    return places + soft_argmax(scores + log_bumps, grid) - soft_argmax(log_bumps[None], grid)  # borders cut bumps
 
-    def shift_of_centres(centres):  # as an affine: from the fixed gland's expected centre to that of the moving one
-        moving_centre, fixed_centre = (centroids(tf.exp(centre))[:, 0] for centre in centres)
-        shift = moving_centre - fixed_centre - offset
-        return tf.concat([tf.eye(3, batch_shape=[tf.shape(shift)[0]]), shift[..., None]], axis=-1)
 
-    def beside(image, gland):  # a second channel, which the local network reads but does not teach
-        return layers.Lambda(lambda v: tf.concat([v[0], tf.stop_gradient(v[1]) - 0.5], -1))([image, gland])
+def soft_argmax(scores, grid):
+    """Expected position under the softmax of each heat map: scores (B, X, Y, Z, K), grid (X, Y, Z, 3) -> (B, K, 3)."""
+    scores = tf.reshape(scores, [-1, np.prod(grid.shape[:3]), scores.shape[-1]])
+    return tf.einsum("bvk,vd->bkd", tf.nn.softmax(scores, axis=1), tf.reshape(grid, [-1, 3]))
 
-    def model(ddf, **maps):
-        return keras.Model([moving_image, fixed_image], {"ddf": ddf, **maps})
 
-    local = config.channels, max_channels, config.first_kernel, config.ddf_levels
-    aligned = layers.Lambda(lambda v: resample(v, grid + offset))(moving)  # as a DDF of zero would warp it
-    if config.network == "local":
-        return model(local_ddf(aligned, fixed, *local))
+def global_affine(moving, fixed, channels, dropout):
+    """Two images, each with a grid and a U-Net of its own -> affine (B, 3, 4) from fixed to moving, about centres."""
+    points = (keypoints(image, channels, dropout, name) for name, image in (("fixed", fixed), ("moving", moving)))
+    return lambda_layer(fit_affine, *points, ridge=2 * KEYPOINTS)
 
-    maps = {}
-    if config.network == "centred":
-        images = {"moving": moving_image, "fixed": fixed_image}
-        for (name, image), width in zip(images.items(), config.search_channels, strict=True):
-            seen = layers.Lambda(lambda v: tf.concat([standardise(v), local_contrast(v)], -1))(image)
-            maps[f"{name}_gland"], maps[f"{name}_centre"] = find_gland(seen, width, max_channels, config.dropout)
-        centres = [maps["moving_centre"], maps["fixed_centre"]]
-        affine = layers.Lambda(lambda v: tf.stop_gradient(shift_of_centres(v)))(centres)
-        moving, fixed = beside(moving, maps["moving_gland"]), beside(fixed, maps["fixed_gland"])
-    else:
-        affine = global_affine(aligned, fixed, config.global_channels, max_channels, config.first_kernel)
-    if config.network == "global":
-        return model(layers.Lambda(lambda a: apply_affine(a) - grid)(affine))
 
-    # Composite and centred: the affine first; the local network then sees the moving image that it warped. A fixed
-    # point goes through the local DDF, then through the affine: i -> A (i + local(i)).
-    warped = layers.Lambda(lambda v: resample(v[0], apply_affine(v[1]) + offset))([moving, affine])
-    local_field = local_ddf(warped, fixed, *local)
-    ddf = layers.Lambda(lambda v: apply_affine(v[1], grid + v[0]) - grid)([local_field, affine])
-    return model(ddf, **maps)
+def affine_ddf(affine, local=0.0, *, shape):
+    """An affine (B, 3, 4) after a local DDF, as one DDF (B, X, Y, Z, 3): i -> A (i + local(i))."""
+    grid = reference_grid(shape)[None]
+    return affine_transform(grid + local, affine, shape) - grid
+
+
+# -- The three networks ----------------------------------------------------------------------------------------------
+
+
+def image_inputs(*shapes):
+    images = [layers.Input((*shape, 1)) for shape in shapes]
+    return images, *(lambda_layer(standardise, image) for image in images)
+
+
+def local_net(moving_shape, fixed_shape, channels, ddf_levels, **of_other_networks):
+    """LocalNet alone: a displacement for every voxel."""
+    images, moving, fixed = image_inputs(moving_shape, fixed_shape)
+    moving = lambda_layer(warp, moving, ddf=tf.zeros((1, *fixed_shape, 3)))  # onto the fixed grid, centre on centre
+    return keras.Model(images, local_ddf(moving, fixed, channels, ddf_levels))
+
+
+def global_net(moving_shape, fixed_shape, channels, dropout, **of_other_networks):
+    """GlobalNet alone: an affine."""
+    images, moving, fixed = image_inputs(moving_shape, fixed_shape)
+    affine = global_affine(moving, fixed, channels, dropout)
+    return keras.Model(images, lambda_layer(affine_ddf, affine, shape=fixed_shape))
+
+
+def composite_net(moving_shape, fixed_shape, channels, ddf_levels, dropout):
+    """GlobalNet first; LocalNet then sees the moving image as the affine has warped it."""
+    images, moving, fixed = image_inputs(moving_shape, fixed_shape)
+    affine = global_affine(moving, fixed, channels, dropout)
+    warped = lambda_layer(warp, moving, lambda_layer(affine_ddf, affine, shape=fixed_shape))
+    local = local_ddf(warped, fixed, channels, ddf_levels)
+    return keras.Model(images, lambda_layer(affine_ddf, affine, local, shape=fixed_shape))
+
+
+NETWORKS = {"local": local_net, "global": global_net, "composite": composite_net}

@@ -23,8 +23,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import run
-from helpers import FOLDERS, voxel_to_world, write_displacement, write_nifti
+from extras.errors import run
+from extras.files import write_nifti
+from helpers import FOLDERS, write_displacement
+from utils import voxel_to_world
 
 PATIENTS = {"train": 48, "valid": 6, "test": 8}
 MR_SHAPE, MR_SPACING, MR_ORIENTATION = (96, 96, 32), (1.05, 1.05, 3.0), "LPS"

@@ -1,0 +1,353 @@
+"""What a person looks at: training curves, metrics in a table, box plots, the picture of a pair, report.html.
+
+README, "Reading the metrics".
+"""
+
+import base64
+import html
+from itertools import product
+
+import matplotlib
+
+matplotlib.use("Agg")  # pictures go to files, whatever screen there is
+import matplotlib.pyplot as plt
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import tensorflow as tf
+from matplotlib.collections import LineCollection
+from matplotlib.colors import LogNorm, to_rgb
+from scipy import ndimage
+from tqdm import tqdm
+
+from extras.errors import InputError, expect
+from extras.files import atomic_write, ensure_writable_dir, write_csv, write_text
+from utils import (
+    dice_score,
+    displacement_on,
+    hausdorff_95,
+    jacobian_determinant,
+    target_registration_error,
+    warp_to_fixed,
+)
+
+GREEN, ORANGE, BLUE, RED = "#33dd77", "#ffaa22", "#3388ff", "#c03028"
+
+# -- Tables: a row of metrics.csv for each label of each pair ------------------------------------------------------
+
+MEASURES = {  # columns of metrics.csv, before and after registration -> title, and the labels that count
+    "dice_{}": ("gland Dice", "gland"),
+    "hd95_{}_mm": ("gland HD95, mm", "gland"),
+    "tre_{}_mm": ("landmark TRE, mm", "landmarks"),
+    "rms_tre_{}_mm": ("RMS TRE of a pair, mm", "gland"),  # stands in the gland's row, the first of each pair
+    "true_error_{}_mm": ("true error in the gland, mm", "gland"),
+}
+TIMES = "before", "after"
+COLUMNS = ["case", "label", *(name.format(when) for name in MEASURES for when in TIMES), "folded_percent"]
+
+
+def claim_folders(output_dir, pairs):
+    """Make each pair's folder, with pair.txt, which names its two files; none may hold the results of other files.
+
+    Patients' files often have the same names in other folders.
+    """
+    records = {
+        output_dir / p.case / "pair.txt": f"{p.moving_image.resolve()}\n{p.fixed_image.resolve()}\n" for p in pairs
+    }
+    for record, paths in records.items():
+        known = record.read_text() if record.exists() else paths
+        found = f"results of {' and '.join(known.splitlines())}"
+        expect(known == paths, record.parent, found, "none; name another --output_dir")
+    for record, paths in records.items():
+        write_text(ensure_writable_dir(record.parent) / record.name, paths)
+
+
+def clear_tables(folder):
+    """The tables of an earlier run go before its volumes do."""
+    for name in ("metrics.csv", "summary.txt", "boxplot.png", "report.html"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def read_metrics(path):
+    """A metrics.csv as a DataFrame, checked."""
+    try:
+        table = pd.read_csv(path, dtype={"case": str})[COLUMNS]
+        expect(len(table) and table["case"].notna().all(), path, "no rows with a case", "a row for each label")
+        summarise(table)  # which raises what it misses
+        return table
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: cannot be read ({reason}); expected the metrics.csv of inference.py") from None
+
+
+def measure_pair(case, fixed, warped, fields, geometry):
+    """Rows of metrics.csv, one for each label. warped: Volumes, and fields: DDFs, "before" and "after"."""
+    spacing = np.linalg.norm(fixed.affine[:3, :3], axis=0)
+    rows = [{"case": case, "label": k} for k in range(0 if fixed.labels is None else fixed.labels.shape[-1])]
+    for row, (when, volume) in product(rows, warped.items()):
+        ours, theirs = volume.labels[..., row["label"]], fixed.labels[..., row["label"]]
+        row[f"dice_{when}"] = dice_score(ours >= 0.5, theirs >= 0.5)
+        row[f"tre_{when}_mm"] = target_registration_error(ours, theirs, fixed.affine)
+        if row["label"] == 0:
+            row[f"hd95_{when}_mm"] = hausdorff_95(ours >= 0.5, theirs >= 0.5, spacing)
+            if fixed.truth:
+                row[f"true_error_{when}_mm"] = true_error(fixed, fields[when], geometry)
+    first, *landmarks = rows or [{"case": case}]
+    for when in warped if landmarks else ():
+        first[f"rms_tre_{when}_mm"] = pd.Series([row[f"tre_{when}_mm"] for row in landmarks]).pow(2).mean() ** 0.5
+    first["folded_percent"] = 100 * np.mean(jacobian_determinant(fields["after"]) <= 0)
+    return [first, *landmarks]
+
+
+def true_error(fixed, field, geometry):
+    """Mean error in mm of a DDF over the gland's voxels, against the true displacement."""
+    truth, affine = fixed.truth
+    gland = warp_to_fixed(fixed.labels[..., 0], fixed.affine, np.zeros_like(truth), affine) >= 0.5
+    error = displacement_on(truth.shape[:3], affine, field, *geometry) - truth
+    return np.linalg.norm(error[gland], axis=-1).mean()
+
+
+def save_metrics(folder, table):
+    """Write metrics.csv, summary.txt and boxplot.png of a DataFrame of metrics; returns the summary."""
+    text = summarise(table)
+    write_csv(folder / "metrics.csv", table)
+    write_text(folder / "summary.txt", text)
+    if measured(table):
+        plot_boxes(folder / "boxplot.png", measured(table))
+    return text
+
+
+def measured(table):
+    """title -> DataFrame "before", "after". TRE has a row for each landmark, the others have one for each pair.
+
+    A landmark that was warped out of the field of view has the value NaN.
+    """
+    counted = {"gland": table[~(table["label"] > 0)], "landmarks": table[table["label"] > 0]}
+    result = {}
+    for name, (title, labels) in MEASURES.items():
+        values = counted[labels][[name.format(when) for when in TIMES]].set_axis(TIMES, axis="columns").astype(float)
+        if values["before"].notna().any():
+            result[title] = values
+    return result
+
+
+def summarise(table):
+    """Median [quartiles] and worst of each measure, before and after, as text."""
+    lines = [f"{table['case'].nunique()} pairs: median [quartiles] worst{'before':>15}{'after':>29}"]
+    for title, values in measured(table).items():
+        worst = values.min() if "Dice" in title else values.max()
+        low, middle, high = (values.quantile(q) for q in (0.25, 0.5, 0.75))
+        cells = [f"{middle[when]:.2f} [{low[when]:.2f} {high[when]:.2f}] {worst[when]:.2f}" for when in TIMES]
+        lines.append(f"{title:<30}{cells[0]:>29}{cells[1]:>29}")
+    landmarks, glands = table[table["label"] > 0], table[table["label"] == 0]
+    lost = landmarks[landmarks["tre_after_mm"].isna()]
+    if len(landmarks):
+        lines.append(f"landmarks warped out of the field of view, in no TRE: {len(lost)} of {len(landmarks)}")
+        lines += [f"  {row.case}, label {row.label:.0f}" for row in lost.itertuples()]
+    gone = glands[glands["hd95_after_mm"].isna()]
+    if len(gone):
+        lines.append(f"glands warped out of the field of view, in no HD95: {', '.join(gone['case'])}")
+    folded = table["folded_percent"]
+    lines.append(f"voxels folded: {folded.mean():.4f} % on average, {folded.max():.4f} % at worst")
+    return "\n".join(lines) + "\n"
+
+
+def summarise_pair(case, table):
+    """The measures of one pair in a line: its name, and each median before and after."""
+    medians = {title: values.median() for title, values in measured(table).items()}
+    return "; ".join([case, *(f"{title} {m['before']:.2f} → {m['after']:.2f}" for title, m in medians.items())])
+
+
+# -- Pictures ----------------------------------------------------------------------------------------------------
+
+
+def save_figure(figure, path, dpi=100):
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=dpi)
+    plt.close(figure)
+
+
+def write_history(model_dir, history, events):
+    """Write what a training has reached: history.csv, history.png, TensorBoard events, and a line to read.
+
+    history: a dictionary of numbers for each validation, the last one new; events: a tf.summary writer.
+    """
+    write_csv(model_dir / "history.csv", history)
+    plot_history(model_dir / "history.png", pd.DataFrame(history).set_index("step"))
+    with events.as_default(history[-1]["step"]):
+        for name, value in history[-1].items():
+            tf.summary.scalar(name, value)
+    events.flush()
+    tqdm.write(", ".join(f"{name} {value}" for name, value in history[-1].items()))
+
+
+def plot_history(path, table):
+    """Loss, Dice and TRE of training and validation against the step. table: DataFrame, its index the steps."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
+    titles = {"loss": "loss", "dice": "Dice, all labels", "tre": "centroid distance, all labels (mm)"}
+    for axis, (name, title) in zip(axes, titles.items(), strict=True):
+        curves = table.filter(regex=f"^(valid_)?{name}$")
+        labels = ["training (augmented)", "validation"][: curves.shape[1]]
+        curves.set_axis(labels, axis="columns").plot(ax=axis, title=title, style=".-", grid=True)
+    save_figure(figure, path)
+
+
+def plot_boxes(path, measures):
+    """Box plots before and after, and every value as a dot. measures: title -> DataFrame "before", "after"."""
+    figure, axes = plt.subplots(1, len(measures), figsize=(2.4 * len(measures), 3.2), layout="constrained")
+    for axis, (title, table) in zip(np.atleast_1d(axes), measures.items(), strict=True):
+        table.boxplot(ax=axis, widths=0.6, showfliers=False, color={"medians": RED}, medianprops={"linewidth": 2})
+        for position, when in enumerate(TIMES, start=1):
+            jitter = np.random.default_rng(0).uniform(-0.15, 0.15, len(table))
+            axis.plot(position + jitter, table[when], "o", color=BLUE, alpha=0.4, markersize=3, zorder=0)
+        axis.set_title(title, fontsize=10)
+        axis.set_ylim(0, 1 if "Dice" in title else None)
+    save_figure(figure, path)
+
+
+def plot_overview(path, title, volumes, ddf, voxel_size):
+    """Three orthogonal slices of a registered pair: fixed image, moving image before and after, and the deformation.
+
+    volumes: Volumes "fixed", "before" and "after" on the fixed image's own grid, with or without labels; ddf: (X, Y, Z,
+    3), on the network grid, in voxels of `voxel_size` mm.
+    """
+    spacing, images, labels = canonical(volumes)
+    size, grid_size = np.array(images["fixed"].shape), np.array(ddf.shape[:3])
+    focus = ndimage.center_of_mass(labels["fixed"][..., 0]) if labels else (size - 1) / 2
+    depth = (focus - (size - 1) / 2) * spacing / voxel_size + (grid_size - 1) / 2  # both grids have one centre
+    focus, depth = (np.clip(np.round(v), 0, n - 1).astype(int) for v, n in ((focus, size), (depth, grid_size)))
+    determinant, shift = jacobian_determinant(ddf), ddf.mean(axis=(0, 1, 2))
+    points = (np.moveaxis(np.indices(grid_size), 0, -1) - (grid_size - 1) / 2 + ddf - shift) * voxel_size
+    colours = matplotlib.colormaps["RdBu_r"].with_extremes(bad="black")  # where there is no logarithm
+    headings = {
+        "fixed": "fixed image",
+        "before": "moving image, before",
+        "after": "moving image, warped",
+        "change": "volume change; grid less the mean\nshift of {:.1f}, {:.1f}, {:.1f} mm".format(*shift * voxel_size),
+    }
+    figure, axes = plt.subplots(3, 4, figsize=(13, 10), layout="constrained")
+    figure.suptitle(title, parse_math=False)  # a name may have dollars in it
+    for row, (name, normal) in zip(axes, (("axial", 2), ("coronal", 1), ("sagittal", 0)), strict=True):
+        plane = [axis for axis in range(3) if axis != normal]
+        extent, grid_extent = (
+            [side * length / 2 for length in lengths[plane] for side in (-1, 1)]
+            for lengths in (size * spacing, grid_size * voxel_size)
+        )
+        row[0].set_ylabel(name)
+        for axis, (kind, heading) in zip(row, headings.items(), strict=True):
+            if kind == "change":
+                cut = np.take(determinant, depth[normal], normal).T
+                change = axis.imshow(cut, cmap=colours, norm=LogNorm(0.5, 2), origin="lower", extent=grid_extent)
+                mesh = np.take(points, depth[normal], normal)[..., plane]
+                lines = [*mesh[::2], *np.swapaxes(mesh, 0, 1)[::2]]
+                axis.add_collection(LineCollection(lines, colors="black", linewidths=0.6, alpha=0.7))
+            else:
+                low, high = intensity_limits(images[kind])
+                cut = np.take(images[kind], focus[normal], normal).T
+                axis.imshow(cut, cmap="gray", vmin=low, vmax=high, origin="lower", extent=extent)
+            for shown in dict.fromkeys((kind, "fixed")):
+                style = {"colors": GREEN} if shown == "fixed" else {"colors": ORANGE, "linestyles": "--"}
+                for label in (
+                    np.moveaxis(np.take(labels[shown], focus[normal], normal), -1, 0) if shown in labels else ()
+                ):
+                    if label.max() > 0.5:
+                        axis.contour(label.T, [0.5], extent=extent, origin="lower", linewidths=1.2, **style)
+            axis.set(xticks=[], yticks=[], xlim=extent[:2], ylim=extent[2:], aspect="equal")
+            axis.set_title(heading if name == "axial" else "", fontsize=11)
+    bar = figure.colorbar(change, ax=axes[:, 3], ticks=[0.5, 0.7, 1, 1.4, 2], format="%.1f", shrink=0.6)
+    bar.ax.minorticks_off()
+    bar.set_label("Jacobian determinant: above 1 the warp\nshrinks tissue, below 1 it swells; black = folded")
+    if labels:
+        axes[0, 0].plot([], [], "-", color=GREEN, label="fixed labels")
+        axes[0, 0].plot([], [], "--", color=ORANGE, label="moving labels")
+        figure.legend(loc="outside lower center", ncols=2)
+    save_figure(figure, path, dpi=80)
+
+
+def canonical(volumes):
+    """Voxel size in mm, images and labels of Volumes, in the axis order and direction nearest to RAS+."""
+    turn = nib.io_orientation(volumes["fixed"].affine)
+    spacing = nib.affines.voxel_sizes(volumes["fixed"].affine)[np.argsort(turn[:, 0])]
+    images = {name: volume.image for name, volume in volumes.items()}
+    labels = {name: volume.labels for name, volume in volumes.items() if volume.labels is not None}
+    turned = ({k: nib.apply_orientation(v, turn).astype(np.float32) for k, v in d.items()} for d in (images, labels))
+    return spacing, *turned
+
+
+def intensity_limits(volume):
+    """The intensities to show as black and as white; from about a million voxels, which is enough."""
+    low, high = np.percentile(volume.ravel()[:: max(1, volume.size // 10**6)], [0.2, 99.8])
+    return low, max(high, low + 1e-6)
+
+
+# -- Report: one page for a whole run ------------------------------------------------------------------------------
+
+
+def viewer(volumes):
+    """A part of a page: axial slices of the fixed image and of the moving one before and after, under one slider.
+
+    volumes: as of `plot_overview`. Shown at no more than 72 voxels along the longest side, in 64 greys.
+    """
+    import plotly.express as px
+
+    spacing, images, labels = canonical(volumes)
+    shape = np.array(images["fixed"].shape)
+    factor = spacing / max(spacing.min(), (spacing * shape).max() / 72)
+    factor = np.maximum(factor, 2 / shape)  # a slider wants two slices
+    in_plane = ndimage.generate_binary_structure(3, 1)[:, :, 1:2]
+    panels = []
+    for kind, image in images.items():
+        small = ndimage.zoom(image, factor, order=1)
+        low, high = intensity_limits(small)
+        grey = 4 * np.clip((small - low) / (high - low) * 63, 0, 63).astype(np.uint8)
+        panel = np.repeat(grey[..., None], 3, axis=-1)
+        for shown in dict.fromkeys(("fixed", kind)):
+            for label in np.moveaxis(labels[shown], -1, 0) if labels else ():
+                inside = ndimage.zoom(label, factor, order=1) > 0.5
+                colour = to_rgb(GREEN if shown == "fixed" else ORANGE)
+                panel[inside & ~ndimage.binary_erosion(inside, in_plane)] = np.round(255 * np.array(colour))
+        panels.append(np.moveaxis(panel, (2, 1, 0), (0, 1, 2)))  # slice, row, column, colour
+    layout = {"facet_col": 0, "animation_frame": 1, "facet_col_spacing": 0.01, "origin": "lower", "height": 540}
+    figure = px.imshow(np.stack(panels), **layout)
+    for note, name in zip(figure.layout.annotations, ("fixed", "moving, before", "moving, warped"), strict=True):
+        note.text = name
+    figure.update_xaxes(visible=False).update_yaxes(visible=False)
+    figure.update_layout(margin={"l": 0, "r": 0, "t": 30, "b": 90}, updatemenus=[])  # the slider is enough
+    slider = figure.layout.sliders[0]
+    slider.active, slider.currentvalue.prefix = len(figure.frames) // 2, "axial slice "
+    for trace, middle in zip(figure.data, figure.frames[slider.active].data, strict=True):
+        trace.update(middle)
+    return figure.to_html(full_html=False, include_plotlyjs=False, auto_play=False, config={"displaylogo": False})
+
+
+def embedded(path):
+    """A PNG file as a part of a page."""
+    return f'<img alt="{path.stem}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
+
+
+def report_pair(folder, rows, volumes, ddf, voxel_size):
+    """Draw overview.png of a pair; returns its part of the page. Arguments as of `plot_overview`."""
+    plot_overview(folder / "overview.png", folder.name, volumes, ddf, voxel_size)
+    heading = html.escape(summarise_pair(folder.name, pd.DataFrame(rows, columns=COLUMNS)))
+    return f"<h2>{heading}</h2>{embedded(folder / 'overview.png')}{viewer(volumes)}"
+
+
+def write_report(folder, rows, parts):
+    """Write the tables, and report.html: one file that holds all it shows, so that it opens without a network.
+
+    rows: dictionaries with keys of COLUMNS; parts: what `report_pair` returned for each pair.
+    """
+    from plotly.offline import get_plotlyjs
+
+    summary, title = save_metrics(folder, pd.DataFrame(rows, columns=COLUMNS)), html.escape(f"Registration: {folder}")
+    page = [
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>',
+        '<link rel="icon" href="data:,"><style>body { font-family: sans-serif; max-width: 75em; margin: 2em auto }',
+        f"img {{ max-width: 100% }}</style><script>{get_plotlyjs()}</script></head><body>",
+        f"<h1>{title}</h1><pre>{html.escape(summary)}</pre>",
+        *map(embedded, folder.glob("boxplot.png")),  # none without labels
+        *parts,
+        "</body></html>\n",
+    ]
+    write_text(folder / "report.html", "\n".join(page))
+    print(f"{summary}written to {folder}: warped volumes and displacements of each pair, metrics.csv, report.html")
