@@ -7,11 +7,12 @@
 Every contender lives in a process of its own and does each part of the same work in turn with the others (interleaved
 repeats); medians are shown. The work: 4 pairs on a 47x63x44 grid, one label each, label smoothing of 0 1 2 4 8 16
 voxels, bending energy, Adam. MONAI needs sizes that divide by 16, so its grid is padded to 48x64x48. Its LocalNet has
-7x7x7 kernels in the whole first level ("as shipped"); with 3x3x3 in that level's residual block, as in the paper and
-here, it is "same kernels". This project's training step also augments both volumes at random, MONAI's does not.
+7x7x7 kernels in the whole first level ("as shipped"); with 3x3x3 there, as here, it is "same kernels". This project's
+training step also augments both volumes at random, MONAI's does not.
 What is not installed is left out.
 """
 
+import functools
 import json
 import os
 import resource
@@ -57,9 +58,7 @@ def example_work(shape, seed=0):
 
 
 def ours(part, channels):
-    import config as settings
-
-    settings.import_tensorflow()
+    from extras import devices  # isort: skip  before TensorFlow
     import keras
     import tensorflow as tf
 
@@ -108,37 +107,41 @@ def ours(part, channels):
     config, network = our_network(channels)
     if part == "forward, one pair":
         predict, pair = tf.function(network), [moving[:1], fixed[:1]]
-        return lambda: predict(pair)["ddf"].numpy()
+        return lambda: predict(pair).numpy()
     if part == "network, gradient":
 
         @tf.function
         def gradient():
             with tf.GradientTape() as tape:
-                value = tf.reduce_sum(network([moving, fixed], training=True)["ddf"] * displacement)
+                value = tf.reduce_sum(network([moving, fixed], training=True) * displacement)
             return [tf.reduce_sum(g) for g in tape.gradient(value, network.trainable_variables)]
 
         return lambda: gradient()[0].numpy()
     if part == "training step":
         optimizer = keras.optimizers.Adam(1e-5)
-        step, _ = train.make_steps(config, network, optimizer)
+        optimizer.build(network.trainable_variables)
+        step = devices.on_all_replicas(
+            tf.distribute.get_strategy(), functools.partial(train.train_step, config, network, optimizer)
+        )
         batch = {"moving_image": moving, "fixed_image": fixed, "mask": tf.ones((BATCH, 1))}
         batch |= {"moving_labels": moving_label, "fixed_labels": fixed_label}
-        return lambda: step(tf.constant(1), **batch)["loss"].numpy()
+        batch |= train.draw_augmentation(config, np.random.default_rng(0))
+        return lambda: step(batch)["loss"]
     return None
 
 
 def our_network(channels):
     """LocalNet as MONAI has it: every level, channels that double to the last."""
-    import config as settings
+    from extras import devices  # noqa: F401  isort: skip  before TensorFlow
+    import networks
+    from config import TrainConfig
 
-    settings.import_tensorflow()
-    from networks import build_network
-
-    config = settings.Config(
+    networks.MAX_CHANNELS = 16 * channels
+    config = TrainConfig(
         network="local", voxel_size=1.5, fixed_shape=GRID, moving_shape=GRID, channels=channels,
-        max_channels=16 * channels, ddf_levels=(0, 1, 2, 3, 4), similarity_scales=SCALES, labels_per_pair=1,
+        ddf_levels=(0, 1, 2, 3, 4), similarity_scales=SCALES,
     )  # fmt: skip
-    return config, build_network(config)
+    return config, networks.local_net(GRID, GRID, **config.network_options())
 
 
 def convolution_operations(channels):
@@ -155,7 +158,7 @@ def monai(part, channels, channels_last=False, shipped=False):
     import torch
     from monai.losses import BendingEnergyLoss, DiceLoss, MultiScaleLoss
     from monai.networks.blocks import Warp
-    from monai.networks.blocks.regunet_block import RegistrationResidualConvBlock
+    from monai.networks.blocks.regunet_block import RegistrationResidualConvBlock, get_conv_block
     from monai.networks.nets import LocalNet
 
     layout = torch.channels_last_3d if channels_last else torch.contiguous_format
@@ -186,7 +189,10 @@ def monai(part, channels, channels_last=False, shipped=False):
         return None
     network = LocalNet(3, 2, channels, extract_levels=(0, 1, 2, 3, 4), out_kernel_initializer="zeros")
     if not shipped:
-        network.encode_convs[0][1] = RegistrationResidualConvBlock(3, channels, channels, kernel_size=3)
+        first = get_conv_block(3, 2, channels, kernel_size=3)
+        network.encode_convs[0] = torch.nn.Sequential(
+            first, RegistrationResidualConvBlock(3, channels, channels, kernel_size=3)
+        )
     network = network.to(memory_format=layout)
     optimizer = torch.optim.Adam(network.parameters(), 1e-5)
     images = torch.cat([moving, fixed], dim=1).contiguous(memory_format=layout)
@@ -391,19 +397,16 @@ GROWTH = {  # panel -> (axis title, the changes of each point); all else as in c
 def grow_point(cores, cases=4, labels=4, **changes):
     """Median seconds of a step with its sampling, and the peak resident memory in GB, on so many cores."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
-    import config as settings
-
-    settings.import_tensorflow()
-    import keras
+    from extras import devices  # isort: skip  before TensorFlow
     import nibabel as nib
     import tensorflow as tf
 
     import helpers
     import train
-    from networks import build_network
+    from config import TrainConfig
+    from networks import NETWORKS
 
-    config = settings.Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()})
-    settings.share_cores(config)
+    config = TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()})
     affine = np.diag([config.voxel_size] * 3 + [1.0])
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -416,15 +419,16 @@ def grow_point(cores, cases=4, labels=4, **changes):
                 image = nib.Nifti1Image(rng.integers(0, 255, shape, np.uint8), affine)
                 image.to_filename(Path(folder, f"{side}_images", f"{case}.nii"))
                 nib.Nifti1Image(label, affine).to_filename(Path(folder, f"{side}_labels", f"{case}.nii"))
-        prepared = helpers.PreparedPairs(helpers.find_pairs(folder), *settings.grid_settings(config))
-    network = build_network(config)
-    step, _ = train.make_steps(config, network, keras.optimizers.Adam(config.learning_rate))
+        prepared = helpers.PreparedPairs(helpers.find_pairs(folder), *config.grid())
+    network = NETWORKS[config.network](config.moving_shape, config.fixed_shape, **config.network_options())
+    optimizer = train.build_optimizer(config, network.trainable_variables)
+    step = devices.on_all_replicas(
+        tf.distribute.get_strategy(), functools.partial(train.train_step, config, network, optimizer)
+    )
     times = []
     for number in range(10):
         start = time.perf_counter()
-        drawing = config.batch_size, config.labels_per_pair, config.cross_patient, config.seed
-        batch = helpers.read_batch(prepared, helpers.draw_pairs(prepared, range(cases), number, *drawing))
-        step(tf.constant(number), **batch)["loss"].numpy()
+        step(train.sample_batch(config, prepared, range(cases), number)[0])
         times.append(time.perf_counter() - start)
         if number >= 3 and sum(times[2:]) > 10:
             break

@@ -12,95 +12,69 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import config as settings
-
-settings.import_tensorflow()
+from extras import devices  # noqa: F401  before TensorFlow
 
 # isort: split
-import csv
-
 import numpy as np
+import pandas as pd
+from true_centroids import measure_ddf
 
 import helpers
 import inference
-from networks import build_network
-from utils import dice_score, moving_offset, target_registration_error
+from config import InferenceConfig, load_config, parse_config
+from extras import checkpoint, report
+from extras.errors import run
+from networks import NETWORKS
+from utils import moving_offset
+
+GLAND, LANDMARKS, TRUE = "gland Dice", "landmark TRE, mm", "true error in the gland, mm"
 
 
 def main():
-    config = settings.parse_for_inference()
-    network = build_network(config)
-    helpers.load_weights(network, Path(config.model_dir) / settings.WEIGHTS[config.weights])
-    predict = inference.make_predict(config, network)
+    config = parse_config(InferenceConfig)
+    trained = load_config(config.model_dir)
+    network = NETWORKS[trained.network](trained.moving_shape, trained.fixed_shape, **trained.network_options())
+    checkpoint.load_weights(network, config.model_dir, config.weights)
+    affines = inference.test_time_affines(trained, config.tta_samples)
     cases = []
-    for pair in helpers.find_pairs(config.test_dir):
-        moving, fixed = helpers.read_pair(pair)
-        on_grids = helpers.pair_to_network(pair, moving, fixed, *settings.grid_settings(config))
-        cases.append((pair, moving, fixed, *on_grids))
+    for pair, moving, fixed in helpers.read_pairs(inference.find_test_pairs(config, trained), "reading"):
+        cases.append((pair.case, moving, fixed, *helpers.pair_to_network(moving, fixed, *trained.grid())))
 
     rng = np.random.default_rng(0)
-    results = {"no registration": [], "own images": [], "another patient's MR": [], "noise": []}
-    offset = moving_offset(config.moving_shape, config.fixed_shape)
+    results = {"own images": [], "another patient's MR": [], "noise": []}
+    offset = moving_offset(trained.moving_shape, trained.fixed_shape)
     for number, (*originals, moving, fixed) in enumerate(cases):
         other = cases[(number + 1) % len(cases)][3].image
         noise = [rng.random(volume.image.shape, np.float32) for volume in (moving, fixed)]
-        inputs = {
-            "own images": (moving.image, fixed.image),
-            "another patient's MR": (other, fixed.image),
-            "noise": noise,
-        }
-        for name, result in results.items():
-            ddf = np.zeros((*config.fixed_shape, 3), np.float32)
-            if name in inputs:
-                ddf = predict(*(image[None].astype(np.float32) for image in inputs[name]))
-            result.append(score(*originals, ddf, fixed.affine, moving.affine, offset))
+        inputs = (moving.image, fixed.image), (other, fixed.image), noise
+        for result, images in zip(results.values(), inputs, strict=True):
+            ddf = inference.predict(network, *(image[None].astype(np.float32) for image in images), affines)
+            result += measure_ddf(*originals, ddf, fixed.affine, moving.affine, offset)
+    measured = {name: report.measured(pd.DataFrame(r, columns=report.COLUMNS)) for name, r in results.items()}
+    table = report.read_metrics(Path(config.output_dir) / "metrics.csv")
+    value = report.measured(table)
     print(f"{len(cases)} test pairs            median gland Dice  median TRE, mm  mean true error in the gland, mm")
-    medians = {}
-    for name, result in results.items():
-        tre = np.nanmedian(np.concatenate([r["tre"] for r in result]))
-        medians[name] = np.median([r["dice"] for r in result]), tre, np.mean([r["true_error"] for r in result])
-        print(f"{name:<30}{medians[name][0]:>17.3f}{medians[name][1]:>16.2f}{medians[name][2]:>34.2f}")
-
-    with (Path(config.output_dir) / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    value = {
-        name: [float(row[name]) for row in rows if row[name] and (row["label"] == "0") != name.startswith("tre")]
-        for name in rows[0]
-        if name not in ("case", "label")
-    }
-    own = medians["own images"]
+    for name, measures in {"no registration": None, **measured}.items():
+        when, measures = ("after", measures) if measures else ("before", value)
+        figures = measures[GLAND][when].median(), measures[LANDMARKS][when].median(), measures[TRUE][when].mean()
+        print("{:<30}{:>17.3f}{:>16.2f}{:>34.2f}".format(name, *figures))
+    errors = {name: measures[TRUE]["after"].mean() for name, measures in measured.items()}
+    dice, tre, error = (value[name].median() for name in (GLAND, LANDMARKS, TRUE))
     promises = {
-        "every test pair was measured": len(value["dice_after"]) == len(cases),
-        "gland Dice about 0.6 or lower at the start, median": np.median(value["dice_before"]) <= 0.65,
-        "no landmark was lost": not np.isnan(value["tre_after_mm"]).any(),
-        "gland Dice at least 0.90, median": np.median(value["dice_after"]) >= 0.90,
-        "TRE at most a third of the start, median": np.median(value["tre_after_mm"])
-        <= np.median(value["tre_before_mm"]) / 3,
-        "true error at most a third of the start, mean": np.mean(value["true_error_after_mm"])
-        <= np.mean(value["true_error_before_mm"]) / 3,
-        "under 0.1 % of voxels folded": np.mean(value["folded_percent"]) < 0.1,
-        "another patient's MR is clearly worse": medians["another patient's MR"][2] > 1.5 * own[2],
-        "noise is clearly worse": medians["noise"][2] > 2 * own[2],
+        "every test pair was measured": len(value[GLAND]) == len(cases),
+        "gland Dice about 0.6 or lower at the start, median": dice["before"] <= 0.65,
+        "no landmark was lost": value[LANDMARKS]["after"].notna().all(),
+        "gland Dice at least 0.90, median": dice["after"] >= 0.90,
+        "TRE at most a third of the start, median": tre["after"] <= tre["before"] / 3,
+        "true error at most a third of the start, median": error["after"] <= error["before"] / 3,
+        "under 0.1 % of voxels folded": table["folded_percent"].mean() < 0.1,
+        "another patient's MR is clearly worse": errors["another patient's MR"] > 1.5 * errors["own images"],
+        "noise is clearly worse": errors["noise"] > 2 * errors["own images"],
     }
     for promise, kept in promises.items():
         print(f"{'kept  ' if kept else 'BROKEN'}  {promise}")
     sys.exit(0 if all(promises.values()) else 1)
 
 
-def score(pair, moving, fixed, ddf, *grids):
-    """Gland Dice, landmark TREs and mean true error in the gland (mm) of a DDF, by the pair's own labels and truth."""
-    displacement = helpers.displacement_on(fixed.image.shape, fixed.affine, ddf, *grids)
-    warped = helpers.warp_to_fixed(moving.labels, moving.affine, displacement, fixed.affine)
-    truth, affine = helpers.read_displacement(pair.true_displacement)
-    gland = helpers.warp_to_fixed(fixed.labels[..., 0], fixed.affine, np.zeros_like(truth), affine) >= 0.5
-    error = np.linalg.norm(helpers.displacement_on(truth.shape[:3], affine, ddf, *grids) - truth, axis=-1)
-    labels = zip(np.moveaxis(warped, -1, 0)[1:], np.moveaxis(fixed.labels, -1, 0)[1:], strict=True)
-    return {
-        "dice": dice_score(warped[..., 0] >= 0.5, fixed.labels[..., 0] >= 0.5),
-        "tre": [target_registration_error(*pair_of_labels, fixed.affine) for pair_of_labels in labels],
-        "true_error": error[gland].mean(),
-    }
-
-
 if __name__ == "__main__":
-    settings.run(main)
+    run(main)

@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from test_resume import TINY, assert_equal, results
 
-WORDS = [sys.executable, "train.py", *TINY, "--network=centred", "--local_every=2", "--steps=30", "--valid_every=3"]
+WORDS = [sys.executable, "train.py", *TINY, "--steps=30", "--valid_every=3"]
 
 
 def train(folder, *words, seconds=None):

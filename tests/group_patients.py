@@ -14,7 +14,8 @@ from scipy.sparse.csgraph import connected_components
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import helpers
-from config import InputError, run
+from extras import files
+from extras.errors import InputError, run
 
 
 def main():
@@ -25,14 +26,14 @@ def main():
         raise InputError(f"{table}: is there already, expected none; delete it to have it made anew")
     pairs = helpers.find_pairs(table.parent)
     for pair in pairs:
-        volumes.append(helpers.read_image(pair.moving_image)[0].ravel())
+        volumes.append(helpers.read_image(pair.moving_image).image.ravel())
         found, expected = volumes[-1].size, volumes[0].size
         if found != expected:
             message = f"{pair.moving_image}: found {found} voxels, expected {expected} as in {pairs[0].moving_image}"
             raise InputError(message)
     _, patients = connected_components(np.atleast_2d(np.corrcoef(volumes)) > 0.95)
     rows = [{"case": p.case, "patient": f"patient{k:02d}"} for p, k in zip(pairs, patients, strict=True)]
-    helpers.write_csv(table, rows)
+    files.write_csv(table, rows)
     print(f"{table}: {len(rows)} cases of {patients.max() + 1} patients")
 
 

@@ -16,12 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import config as settings
-
-settings.import_tensorflow()
+from extras import devices  # noqa: F401  before TensorFlow
 
 # isort: split
 import numpy as np
+import pandas as pd
 import torch
 from monai.losses import BendingEnergyLoss, DiceLoss, MultiScaleLoss
 from monai.networks.nets import LocalNet
@@ -30,7 +29,9 @@ from tqdm import tqdm
 from true_centroids import measure_ddf
 
 import helpers
-import results
+from extras import files, report
+from extras.cross_validation import split_fold
+from extras.errors import run
 from utils import moving_offset
 
 VOXEL_SIZE, FIXED, MOVING = 1.5, (48, 64, 48), (72, 72, 64)  # LocalNet wants sizes that divide by 16
@@ -64,7 +65,7 @@ def main():
     parser.add_argument("--output_dir", default="monai_output")
     words = parser.parse_args()
     torch.manual_seed(words.seed)
-    train_pairs, test_pairs = helpers.split_fold(helpers.find_pairs(words.train_dir), words.folds, words.fold)
+    train_pairs, test_pairs = split_fold(helpers.find_pairs(words.train_dir), words.folds, words.fold)
     prepared = helpers.PreparedPairs(train_pairs, *GRID)
     network = LocalNet(3, 2, words.channels, extract_levels=(0, 1, 2, 3, 4), out_kernel_initializer="zeros")
     optimizer = torch.optim.Adam(network.parameters(), 1e-3)
@@ -78,7 +79,8 @@ def main():
     step, start = 0, time.time()
     with tqdm(total=round(words.minutes, 2), desc="training", unit="min", disable=None) as progress:
         while (minutes := (time.time() - start) / 60) < words.minutes:
-            drawn = helpers.draw_pairs(prepared, range(len(train_pairs)), step, 4, 1, 0, words.seed)
+            rng = np.random.default_rng([words.seed, step])
+            drawn = helpers.draw_pairs(rng, prepared, range(len(train_pairs)), 4, 1, 0)
             batch = helpers.read_batch(prepared, drawn)
             label = [chosen[0] for _, _, chosen in drawn]
             volumes = []
@@ -98,15 +100,16 @@ def main():
 
     network.eval()
     rows = []
-    for pair in tqdm(test_pairs, "registering", unit="pair", disable=None):
-        moving, fixed = helpers.read_pair(pair)
-        network_moving, network_fixed = helpers.pair_to_network(pair, moving, fixed, *GRID)
+    for pair, moving, fixed in helpers.read_pairs(test_pairs, "registering"):
+        network_moving, network_fixed = helpers.pair_to_network(moving, fixed, *GRID)
         with torch.no_grad():
             ddf = predict(*(to_torch(v.image[None].astype(np.float32)) for v in (network_moving, network_fixed)))
         grids = network_fixed.affine, network_moving.affine, OFFSET
         rows += measure_ddf(pair.case, moving, fixed, ddf[0].numpy(), *grids)
-    print(f"{step} steps in {minutes:.1f} minutes\n{results.save(helpers.make_folder(words.output_dir), rows)}", end="")
+    folder = files.ensure_writable_dir(words.output_dir)
+    summary = report.save_metrics(folder, pd.DataFrame(rows, columns=report.COLUMNS))
+    print(f"{step} steps in {minutes:.1f} minutes\n{summary}", end="")
 
 
 if __name__ == "__main__":
-    settings.run(main)
+    run(main)

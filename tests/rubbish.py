@@ -10,6 +10,7 @@ import contextlib
 import gzip
 import io
 import json
+import shlex
 import shutil
 import struct
 import sys
@@ -18,9 +19,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
-import config as settings
-
-settings.import_tensorflow()
+from extras import devices  # noqa: F401  before TensorFlow
 
 # isort: split
 import nibabel as nib
@@ -30,11 +29,13 @@ from conftest import ROOT, import_file
 import helpers
 import inference
 import train
-from networks import build_network
+from config import CONFIG_NAME, TrainConfig, as_json
+from extras import checkpoint
+from extras.errors import run as run_main
+from networks import NETWORKS
 
-SHAPES = "--voxel_size 6 --fixed_shape 12 14 11 --moving_shape 16 16 16 --channels 2 --global_channels 2"
-SHAPES += " --search_channels 2 2"
-TINY = [*SHAPES.split(), "--first_kernel", "3", "--batch_size", "2"]
+SMALL = {"voxel_size": 6.0, "fixed_shape": (12, 14, 11), "moving_shape": (16, 16, 16), "channels": 2, "batch_size": 2}
+TINY = shlex.split("--voxel_size 6 --fixed_shape 12 14 11 --moving_shape 16 16 16 --channels 2 --batch_size 2")
 QUICK = ["--network", "local", "--ddf_levels", "2", "--similarity_scales", "0", "1"]  # to trace; any network
 
 # -- Ways to spoil a file ------------------------------------------------------------------------------------------
@@ -162,15 +163,16 @@ MODELS = {  # what happens to a trained model -> (how, words that the message ho
     "truncated weights": (weights(lambda data: data[:3000]), "best.weights.h5: found weights that do not fit"),
     "weights of no byte": (weights(lambda data: b""), "best.weights.h5: found weights that do not fit"),
     "weights of another width": (edit_json(channels=4), "best.weights.h5: found weights that do not fit"),
-    "weights of another network": (edit_json(network="composite"), "best.weights.h5: found weights that do not fit"),
+    "weights of another network": (edit_json(network="local"), "best.weights.h5: found weights that do not fit"),
     "settings that are no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json"),
     "settings that are a list": (lambda f: (f / "config.json").write_text("[1]"), "config.json"),
     "an unknown setting": (edit_json(stepz=3), "config.json"),
+    "settings of an older version": (edit_json(network="centred"), "config.json"),
     "code in a setting": (edit_json(steps="__import__('os')"), "config.json"),
 }
 REQUESTS = {  # words on the command line -> words that the message holds
     train: {
-        "--steps -1": "--steps: found -1, expected 1",
+        "--steps -1": "--steps: found -1, expected",
         "--steps 1e99": "--steps",
         "--batch_size 1000000000": "--batch_size",
         "--channels 1073741824": "--channels",
@@ -188,9 +190,8 @@ REQUESTS = {  # words on the command line -> words that the message holds
         "--moving README.md --fixed README.md": "README.md: cannot be read",
         "--moving only.nii.gz": "--fixed",
         "--points targets.csv": "--points",
-        "--network global": "--network: found global",
+        "--network global": "--network",
         "--test_dir nowhere": "nowhere",
-        "--test_dir=": "--test_dir",
         "--output_dir config.py": "config.py: cannot be written to",
     },
 }
@@ -242,10 +243,11 @@ def make_folder(folder):
     """A small example data set and a model with it, on which the corpus works."""
     make_example_data = import_file(ROOT / "data" / "make_example_data.py")
     make_example_data.main(str(folder / "example"), seed=5, patients={"train": 1, "valid": 1, "test": 1})
-    config = settings.parse(TINY)
+    config = TrainConfig(**SMALL)
     (folder / "model").mkdir()
-    (folder / "model" / settings.CONFIG_NAME).write_text(settings.as_json(config))
-    helpers.save_weights(build_network(config), folder / "model" / settings.WEIGHTS["best"])
+    (folder / "model" / CONFIG_NAME).write_text(as_json(config))
+    network = NETWORKS[config.network](config.moving_shape, config.fixed_shape, **config.network_options())
+    checkpoint.save_weights(network, folder / "model", checkpoint.TrainingState([]))
 
 
 def run(script, words):
@@ -254,7 +256,7 @@ def run(script, words):
     sys.argv = [f"{script.__name__}.py", *words]
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
-            settings.run(script.main)
+            run_main(script.main)
     except SystemExit as stop:
         return stop.code, errors.getvalue()
     finally:

@@ -14,17 +14,19 @@ import pytest
 import rubbish
 from test_resume import results
 
-import train
-from config import Config
+from config import TrainConfig
+from extras import devices
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = [*rubbish.TINY, *rubbish.QUICK, "--batch_size=2", "--valid_every=3"]
 TWO_DEVICES = """
-import config; config.import_tensorflow()
+from extras import devices
 import tensorflow as tf, train
+from extras import files
 halves = [tf.config.LogicalDeviceConfiguration()] * 2
 tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], halves)
-train.choose_strategy = lambda config: (tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]), True)
+strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+devices.choose_strategy = lambda config: (strategy, files.ensure_writable_dir(config.model_dir))
 train.main()
 """
 
@@ -103,11 +105,11 @@ def test_a_worker_that_dies_ends_the_run_and_resume_continues_with_another_numbe
     other.send_signal(signal.SIGKILL)
     _, err = chief.communicate(timeout=120)
     assert chief.returncode == 2 and "another worker is gone" in err and "--resume" in err, err[-2000:]
-    assert err.strip().splitlines()[-1].startswith("error: step ")
+    assert err.strip().splitlines()[-1].startswith("error: another worker is gone")
     process = subprocess.Popen(
         [sys.executable, "train.py", *TINY, *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    step = np.load(tmp_path / "model" / "checkpoint.npz")["progress"]
+    step = np.load(tmp_path / "model" / "checkpoint.npz")["state"]
     first = json.loads(str(step))["step"]
     while True:
         line = process.stdout.readline()
@@ -127,7 +129,7 @@ def test_what_cannot_be_shared_out_is_named(folders, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("value", ["", "{}", '{"cluster": {}, "task": {"type": "master", "index": 0}}'])
-def test_without_a_cluster_a_process_trains_alone_and_writes(value, monkeypatch):
+def test_without_a_cluster_a_process_trains_alone_and_writes(value, monkeypatch, tmp_path):
     monkeypatch.setenv("TF_CONFIG", value)
-    strategy, is_chief = train.choose_strategy(Config())
-    assert is_chief and strategy.num_replicas_in_sync == 1
+    strategy, folder = devices.choose_strategy(TrainConfig(model_dir=str(tmp_path / "model")))
+    assert folder == tmp_path / "model" and strategy.num_replicas_in_sync == 1

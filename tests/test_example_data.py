@@ -6,7 +6,7 @@ from conftest import ROOT, import_file
 from scipy import ndimage
 
 import helpers
-from utils import dice_score
+from utils import dice_score, displacement_on, voxel_to_world, warp_to_fixed
 
 made = import_file(ROOT / "data" / "make_example_data.py")
 
@@ -33,14 +33,14 @@ def test_the_true_deformation_is_smooth_small_and_takes_the_labels_home(example)
         # Without the two scanners' frames: centre on centre, the displacement that is left is the patient's.
         grids = [helpers.network_grid(v.affine, v.image.shape, (24, 32, 22), 3.0) for v in (fixed, moving)]
         zero = np.zeros((24, 32, 22, 3), np.float32)
-        frames = helpers.displacement_on(truth.shape[:3], affine, zero, *grids, [0, 0, 0])
+        frames = displacement_on(truth.shape[:3], affine, zero, *grids, [0, 0, 0])
         assert np.linalg.norm(truth - frames, axis=-1).max() < made.LARGEST_DISPLACEMENT + 0.2
-        mapped = truth + helpers.voxel_to_world(truth.shape[:3], affine)
+        mapped = truth + voxel_to_world(truth.shape[:3], affine)
         jacobian = np.stack(np.gradient(mapped, axis=(0, 1, 2)), axis=-1) @ np.linalg.inv(affine[:3, :3])
         assert np.linalg.det(jacobian).min() > 0.2
 
         index = np.linalg.inv(affine) @ fixed.affine
         place = index[:3, :3], index[:3, 3], fixed.image.shape
         full = [ndimage.affine_transform(c, *place, order=1, mode="nearest") for c in np.moveaxis(truth, -1, 0)]
-        warped = helpers.warp_to_fixed(moving.labels, moving.affine, np.stack(full, axis=-1), fixed.affine)
+        warped = warp_to_fixed(moving.labels, moving.affine, np.stack(full, axis=-1), fixed.affine)
         assert dice_score(warped[..., 0] >= 0.5, fixed.labels[..., 0] >= 0.5) > 0.95

@@ -11,7 +11,10 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 import helpers
-from config import InputError
+import utils
+from extras import files
+from extras.cross_validation import split_fold
+from extras.errors import InputError
 from utils import moving_offset, reference_grid, resample
 
 
@@ -54,7 +57,7 @@ def test_simpleitk_applies_our_displacement_file_and_gets_our_warped_image(name,
     fixed_grid_shape, moving_grid_shape = (10, 12, 11), (12, 12, 13)
     ddf = ndimage.gaussian_filter(rng.normal(0, 12, (*fixed_grid_shape, 3)), (2, 2, 2, 0)).astype(np.float32)
     assert np.abs(ddf).max() > 1
-    displacement = helpers.displacement_on(
+    displacement = utils.displacement_on(
         fixed_shape,
         fixed_affine,
         ddf,
@@ -62,9 +65,9 @@ def test_simpleitk_applies_our_displacement_file_and_gets_our_warped_image(name,
         helpers.network_grid(moving_affine, moving_shape, moving_grid_shape, 2.0),
         moving_offset(moving_grid_shape, fixed_grid_shape),
     )
-    warped = helpers.warp_to_fixed(moving, moving_affine, displacement, fixed_affine)
-    helpers.write_nifti(tmp_path / "moving.nii.gz", moving, moving_affine)
-    helpers.write_nifti(tmp_path / "warped.nii.gz", warped, fixed_affine)
+    warped = utils.warp_to_fixed(moving, moving_affine, displacement, fixed_affine)
+    files.write_nifti(tmp_path / "moving.nii.gz", moving, moving_affine)
+    files.write_nifti(tmp_path / "warped.nii.gz", warped, fixed_affine)
     helpers.write_displacement(tmp_path / "displacement.nii.gz", displacement, fixed_affine)
 
     field = sitk.ReadImage(str(tmp_path / "displacement.nii.gz"), sitk.sitkVectorFloat64)
@@ -91,13 +94,11 @@ def test_simpleitk_applies_our_displacement_file_and_gets_our_warped_image(name,
 def test_with_headers_as_the_start_a_zero_field_moves_nothing(name, rng, capsys):
     (fixed_shape, fixed_affine), (moving_shape, moving_affine) = GEOMETRIES[name]
     fixed = helpers.Volume(smooth_volume(rng, fixed_shape), fixed_affine)
-    moving = helpers.Volume(smooth_volume(rng, moving_shape), moving_affine)
+    moving = helpers.Volume(smooth_volume(rng, moving_shape), moving_affine, "mr")
     shapes = (15, 12, 16), (10, 11, 12)
-    moving_net, fixed_net = helpers.pair_to_network(
-        helpers.Pair("a", "a", "mr", "us"), moving, fixed, "header", *shapes, 2.0
-    )
+    moving_net, fixed_net = helpers.pair_to_network(moving, fixed, "header", *shapes, 2.0)
     zero, offset = np.zeros((*shapes[1], 3)), moving_offset(*shapes)
-    displacement = helpers.displacement_on(fixed_shape, fixed_affine, zero, fixed_net.affine, moving_net.affine, offset)
+    displacement = utils.displacement_on(fixed_shape, fixed_affine, zero, fixed_net.affine, moving_net.affine, offset)
     np.testing.assert_allclose(displacement, 0, atol=1e-3)
     if name == "all at once":  # whose volumes lie far apart
         assert "warning: mr: covers 0 % of the network grid" in capsys.readouterr().out
@@ -112,7 +113,7 @@ def test_a_field_is_interpolated_as_scipy_does(name, rng):
     theirs = [
         ndimage.affine_transform(field[..., k], to_field, output_shape=shape, order=1, mode="nearest") for k in (0, 1)
     ]
-    np.testing.assert_allclose(helpers.interpolate(field, to_field, shape), np.stack(theirs, -1), atol=1e-4)
+    np.testing.assert_allclose(utils.interpolate(field, to_field, shape), np.stack(theirs, -1), atol=1e-4)
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
@@ -123,7 +124,7 @@ def test_a_zero_field_puts_the_centres_together_in_mm(name):
     one_voxel = np.eye(4)
     one_voxel[:3, 3] = centre[0]
     zero, offset = np.zeros((*shapes[0], 3)), moving_offset(shapes[1], shapes[0])
-    displacement = helpers.displacement_on((1, 1, 1), one_voxel, zero, *grids, offset)
+    displacement = utils.displacement_on((1, 1, 1), one_voxel, zero, *grids, offset)
     np.testing.assert_allclose(centre[0] + displacement[0, 0, 0], centre[1], atol=1e-3)
 
 
@@ -143,8 +144,8 @@ def test_the_written_warp_is_the_warp_of_the_training_step(rng):
         helpers.network_grid(fixed_affine, fixed_shape, fixed_shape, 3.0),
         helpers.network_grid(moving_affine, moving_shape, moving_shape, 3.0),
     )
-    displacement = helpers.displacement_on(fixed_shape, fixed_affine, ddf, *grids, offset)
-    written = helpers.warp_to_fixed(moving, moving_affine, displacement, fixed_affine)
+    displacement = utils.displacement_on(fixed_shape, fixed_affine, ddf, *grids, offset)
+    written = utils.warp_to_fixed(moving, moving_affine, displacement, fixed_affine)
     inside = ((points >= 0) & (points <= np.array(moving_shape) - 1)).all(axis=-1)  # they fade out differently
     assert np.abs(ddf).max() > 0.5 and inside.mean() > 0.9
     np.testing.assert_allclose(written[inside], seen[inside], atol=1e-3 * np.ptp(moving))
@@ -193,6 +194,57 @@ def test_a_volume_that_lies_on_the_network_grid_passes_untouched(rng):
     assert helpers.resample_to_grid(volume, affine, helpers.network_grid(affine, shape, shape, 3.0), shape) is volume
 
 
+def ultrasound(rng, background=0):
+    """A smooth image of whole numbers from 5 to 205, and around it, in a quarter of the volume, one value."""
+    image = smooth_volume(rng, (24, 24, 24))
+    image = np.round(5 + 200 * (image - image.min()) / np.ptp(image))
+    image[:6] = background
+    return helpers.Volume(image.astype(np.float32), np.diag([2.0, 2, 2, 1]), "us.nii.gz")
+
+
+def on_grid(volume, shape=(16, 16, 16)):
+    grid = helpers.network_grid(volume.affine, volume.image.shape, shape, 3.0)
+    return helpers.to_network(volume, grid, shape).image
+
+
+@pytest.mark.parametrize("padding", [-1000, -32768, 5000, 32767])
+def test_padding_does_not_count_and_is_named(padding, capsys):
+    plain = on_grid(ultrasound(np.random.default_rng(0)))
+    assert not capsys.readouterr().out  # the black background of every ultrasound gets no warning
+    padded = on_grid(ultrasound(np.random.default_rng(0), padding))
+    assert capsys.readouterr().out == f"warning: us.nii.gz: 25 % of its voxels are {padding}, taken as padding\n"
+    inside = slice(6, None)  # beyond the border, where it is interpolated
+    np.testing.assert_allclose(padded[inside], plain[inside], atol=1e-6)
+    np.testing.assert_allclose(padded[:3], 0 if padding < 0 else 1, atol=1e-3)
+    assert 0.9 < np.ptp(padded[inside]) <= 1
+
+
+def test_padding_beyond_a_background_does_not_count_either(capsys):
+    plain = on_grid(ultrasound(np.random.default_rng(0)))
+    both = ultrasound(np.random.default_rng(0))
+    both.image[:3] = -1024
+    np.testing.assert_allclose(on_grid(both), plain, atol=1e-6)
+    assert "12 % of its voxels are -1024" in capsys.readouterr().out
+
+
+def test_what_the_network_grid_does_not_see_does_not_count(rng, capsys):
+    """A border of any width and value around what the grid covers changes nothing."""
+    volume = ultrasound(rng)
+    plain = on_grid(volume)
+    for width, value in ((4, 0), (30, 0), (30, 900)):
+        wide = helpers.Volume(np.pad(volume.image, width, constant_values=value), volume.affine, "us.nii.gz")
+        inside = (slice(1, -1),) * 3  # beyond it, the border of the image is interpolated
+        np.testing.assert_allclose(on_grid(wide)[inside], plain[inside], atol=1e-3)
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("levels", [2, 3, 8])
+def test_an_image_of_few_values_keeps_them(levels, rng):
+    image = rng.integers(0, levels, (16, 16, 16)).astype(np.float32)
+    unit = helpers.to_unit_range(helpers.Volume(image, np.eye(4)), np.ones(image.shape, bool))
+    assert unit.min() == 0 and unit.max() == 1 and np.isfinite(unit).all()
+
+
 def test_coarser_grids_keep_the_mass_of_a_small_label():
     shape, affine = header((60, 60, 60), (0.5, 0.5, 0.5))
     for start in range(24, 30):
@@ -213,12 +265,12 @@ def test_pairs_are_found_by_name_and_folds_part_patients(example, tmp_path):
     many = [helpers.Pair(f"case{n}", f"patient{n % 7}", "", "") for n in range(30)]
     held_out = []
     for fold in range(3):
-        rest, test = helpers.split_fold(many, 3, fold)
+        rest, test = split_fold(many, 3, fold)
         assert not {p.patient for p in rest} & {p.patient for p in test} and len(rest) + len(test) == 30
         held_out += test
     assert sorted(p.case for p in held_out) == sorted(p.case for p in many)
     with pytest.raises(InputError, match="7 patients"):
-        helpers.split_fold(many, 8, 0)
+        split_fold(many, 8, 0)
 
 
 def test_a_name_that_no_table_could_hold_is_refused():
@@ -273,12 +325,13 @@ def prepared(example):
     return helpers.PreparedPairs(helpers.find_pairs(example / "train"), "centre", (36, 36, 32), (24, 32, 22), 3.0)
 
 
-def sample_batch(prepared, *words, **settings):
-    return helpers.read_batch(prepared, helpers.draw_pairs(prepared, *words, **settings))
+def sample_batch(prepared, numbers, step, seed, **settings):
+    rng = np.random.default_rng([seed, step])
+    return helpers.read_batch(prepared, helpers.draw_pairs(rng, prepared, numbers, **settings))
 
 
 def test_batches_repeat_themselves_and_hold_what_they_should(prepared):
-    arguments = {"batch_size": 3, "labels_per_pair": 0, "cross_patient": 0, "seed": 1}
+    arguments = {"batch_size": 3, "labels_per_pair": 0, "inter_subject_fraction": 0, "seed": 1}
     batch, again = (sample_batch(prepared, range(3), 7, **arguments) for _ in range(2))
     other = sample_batch(prepared, range(3), 8, **arguments)
     for name, array in batch.items():
@@ -292,9 +345,9 @@ def test_batches_repeat_themselves_and_hold_what_they_should(prepared):
 
 
 def test_one_label_per_pair_and_pairs_across_patients(prepared):
-    one = sample_batch(prepared, range(3), 0, 4, labels_per_pair=1, cross_patient=0, seed=0)
+    one = sample_batch(prepared, range(3), 0, 0, batch_size=4, labels_per_pair=1, inter_subject_fraction=0)
     assert one["mask"].sum(axis=1).tolist() == [1] * 4 and one["mask"].any(axis=0).sum() > 1
-    crossed = sample_batch(prepared, range(3), 0, 8, labels_per_pair=0, cross_patient=1, seed=0)
+    crossed = sample_batch(prepared, range(3), 0, 0, batch_size=8, labels_per_pair=0, inter_subject_fraction=1)
     np.testing.assert_array_equal(crossed["mask"], np.eye(1, crossed["mask"].shape[1]).repeat(8, axis=0))
     for moving, fixed in zip(crossed["moving_image"], crossed["fixed_image"], strict=True):
         owners = [k for k in range(3) if np.array_equal(moving, prepared[k]["moving_image"])]
@@ -308,13 +361,13 @@ def test_a_3d_file_is_one_label_and_a_label_off_the_grid_is_named(tmp_path, rng,
     paths = {}
     for side in ("moving", "fixed"):
         paths[f"{side}_image"], paths[f"{side}_labels"] = (tmp_path / f"{side}_{n}.nii.gz" for n in ("image", "labels"))
-        helpers.write_nifti(paths[f"{side}_image"], smooth_volume(rng, (30, 30, 30)), affine)
-        helpers.write_nifti(paths[f"{side}_labels"], label, affine)
+        files.write_nifti(paths[f"{side}_image"], smooth_volume(rng, (30, 30, 30)), affine)
+        files.write_nifti(paths[f"{side}_labels"], label, affine)
     pair = helpers.Pair("a", "a", **paths)
     moving, _ = helpers.read_pair(pair)
     assert moving.labels.shape == (30, 30, 30, 1)
     small = helpers.PreparedPairs([pair], "centre", (8, 8, 8), (8, 8, 8), 3.0)
-    assert "moving_labels.nii.gz: label 0 lies outside" in capsys.readouterr().out
+    assert f"labels of {paths['moving_image']}: label 0 lies outside" in capsys.readouterr().out
     assert helpers.whole_pair(small, 0)["mask"].tolist() == [[0]]
 
 
@@ -323,10 +376,10 @@ def test_a_map_of_integers_is_one_label_for_each(tmp_path):
     stored[1:3, 1:3, 1:3], stored[3:5, 3:5, 3:5] = 1, 2
     image = helpers.Volume(stored.astype(np.float32), affine)
     path = tmp_path / "labels.nii.gz"
-    helpers.write_nifti(path, stored, affine)
+    files.write_nifti(path, stored, affine)
     for volumes in (stored, stored[..., None]):  # a fourth dimension of one is as good as none
-        helpers.write_nifti(path, volumes, affine)
-        labels, is_map = helpers.read_labels(path, "image", image)
+        files.write_nifti(path, volumes, affine)
+        labels, is_map = helpers.read_labels(path, image)
         assert is_map and labels.shape == (6, 6, 6, 2)
         for k in (0, 1):
             np.testing.assert_array_equal(labels[..., k], stored == k + 1)
@@ -334,19 +387,19 @@ def test_a_map_of_integers_is_one_label_for_each(tmp_path):
         image_like = nib.Nifti1Image(stored.astype(float), affine)
         image_like.set_data_dtype(kind)
         nib.save(image_like, path)
-        assert not np.isin(helpers.read_nifti(path)[0], (0, 1, 2)).all()
-        np.testing.assert_array_equal(helpers.read_labels(path, "image", image)[0], labels)
+        assert not np.isin(files.read_nifti(path)[0], (0, 1, 2)).all()
+        np.testing.assert_array_equal(helpers.read_labels(path, image)[0], labels)
     seven = np.arange(6**3).reshape(6, 6, 6) % 8  # in eight bits a 1 of these is 0.988
     image_like = nib.Nifti1Image(seven.astype(float), affine)
     image_like.set_data_dtype(np.uint8)
     nib.save(image_like, path)
-    np.testing.assert_array_equal(helpers.read_labels(path, "image", image)[0] @ np.arange(1, 8), seven)
+    np.testing.assert_array_equal(helpers.read_labels(path, image)[0] @ np.arange(1, 8), seven)
     for wrong in (stored * 2, stored * 0.75, stored - 1):  # 2 and 4, of which 1 and 3 are missing; fractions; below 0
-        helpers.write_nifti(path, wrong.astype(np.float32), affine)
+        files.write_nifti(path, wrong.astype(np.float32), affine)
         with pytest.raises(
             InputError, match="expected 0 to 1, or a map of the integers" if wrong.max() > 1 else "expected 0 to 1"
         ):
-            helpers.read_labels(path, "image", image)
+            helpers.read_labels(path, image)
 
 
 def test_soft_labels_may_be_rounded_beyond_0_and_1_but_not_more(tmp_path, rng):
@@ -354,14 +407,14 @@ def test_soft_labels_may_be_rounded_beyond_0_and_1_but_not_more(tmp_path, rng):
     soft[0, 0, :2] = -0.003, 1.003
     image, path = helpers.Volume(soft, affine), tmp_path / "labels.nii.gz"
     for data in (soft, np.stack([soft, soft], axis=-1)):
-        helpers.write_nifti(path, data, affine)
-        labels, is_map = helpers.read_labels(path, "image", image)
+        files.write_nifti(path, data, affine)
+        labels, is_map = helpers.read_labels(path, image)
         assert not is_map
         np.testing.assert_array_equal(labels[..., 0], soft.clip(0, 1))
         for wrong in (data - 0.02, data + 0.02):
-            helpers.write_nifti(path, wrong, affine)
+            files.write_nifti(path, wrong, affine)
             with pytest.raises(InputError, match="expected 0 to 1"):
-                helpers.read_labels(path, "image", image)
+                helpers.read_labels(path, image)
 
 
 def test_a_header_that_itk_reads_otherwise_is_named(tmp_path, capsys):
@@ -374,17 +427,17 @@ def test_a_header_that_itk_reads_otherwise_is_named(tmp_path, capsys):
         image.set_qform(qform, codes[1])
         path = tmp_path / "{}{}.nii".format(*codes)
         nib.save(image, path)
-        helpers.warn_of_frame(path)
+        files.warn_of_frame(path)
         out = capsys.readouterr().out
         assert out.startswith(f"warning: {path}: found {warning}") if warning else not out
         origin = np.array(sitk.ReadImage(str(path)).GetOrigin()) * [-1, -1, 1]
-        assert warning or np.allclose(origin, helpers.read_nifti(path)[1][:3, 3])
+        assert warning or np.allclose(origin, files.read_nifti(path)[1][:3, 3])
     for angle, warning in {1e-4: "", 1e-3: "a sheared frame"}.items():
         sheared = sform + np.array([[0, 2 * angle, 0, 0], *[[0] * 4] * 3])
         image = nib.Nifti1Image(np.ones((4, 5, 6), np.float32), None)
         image.set_sform(sheared, 1)
         nib.save(image, path)
-        helpers.warn_of_frame(path)
+        files.warn_of_frame(path)
         out = capsys.readouterr().out
         assert f"found {warning}" in out if warning else not out
         with pytest.raises(RuntimeError) if warning else contextlib.nullcontext():
@@ -393,7 +446,7 @@ def test_a_header_that_itk_reads_otherwise_is_named(tmp_path, capsys):
     image.header.set_qform(sform, 1)
     image.header["quatern_b"] = image.header["quatern_c"] = 0.70711  # rounded: a little more than 1 together
     nib.save(image, path)
-    helpers.warn_of_frame(path)
+    files.warn_of_frame(path)
     assert "two frames" in capsys.readouterr().out
     turn = np.eye(4)
     turn[:2, :2] = [[np.cos(0.01), -np.sin(0.01)], [np.sin(0.01), np.cos(0.01)]]
@@ -401,7 +454,7 @@ def test_a_header_that_itk_reads_otherwise_is_named(tmp_path, capsys):
     image.set_sform(np.diag([0.4, 0.4, 0.4, 1]), 1)
     image.set_qform(turn @ np.diag([0.4, 0.4, 0.4, 1]), 1)  # 1.6 mm apart at the far end
     nib.save(image, path)
-    helpers.warn_of_frame(path)
+    files.warn_of_frame(path)
     assert "two frames" in capsys.readouterr().out
 
 
@@ -411,30 +464,30 @@ def test_labels_must_lie_on_the_grid_of_their_image(tmp_path):
     label[1:3, 3:5, 1:3] = 1
     volume = helpers.Volume(label.astype(np.float32), affine)
     path = tmp_path / "labels.nii.gz"
-    helpers.write_nifti(path, label, affine)
-    assert helpers.read_labels(path, "image", volume)[0].sum() == 8
+    files.write_nifti(path, label, affine)
+    assert helpers.read_labels(path, volume)[0].sum() == 8
     shifted = affine.copy()
     shifted[1, 3] = 1
     for other in (affine[:, [1, 0, 2, 3]], shifted):
-        helpers.write_nifti(path, label, other)
+        files.write_nifti(path, label, other)
         with pytest.raises(InputError, match="expected the same grid"):
-            helpers.read_labels(path, "image", volume)
+            helpers.read_labels(path, volume)
 
 
 def test_an_image_that_hardly_covers_the_network_grid_is_named(rng, capsys):
     affine = np.diag([2.0, 2, 2, 1])
     whole, slab = (helpers.Volume(smooth_volume(rng, (30, 30, n)), affine) for n in (30, 6))
-    pair, grid = helpers.Pair("a", "a", "mr", "us"), ("centre", (20, 20, 20), (20, 20, 20), 2.0)
-    helpers.pair_to_network(pair, whole, whole, *grid)
+    slab.path, grid = "us", ("centre", (20, 20, 20), (20, 20, 20), 2.0)
+    helpers.pair_to_network(whole, whole, *grid)
     assert not capsys.readouterr().out
-    helpers.pair_to_network(pair, whole, slab, *grid)
+    helpers.pair_to_network(whole, slab, *grid)
     assert capsys.readouterr().out.startswith("warning: us: covers 30 % of the network grid")
 
 
 def test_nothing_half_written_replaces_a_file(tmp_path):
     path = tmp_path / "result.txt"
     path.write_text("whole")
-    with pytest.raises(RuntimeError), helpers.written_aside(path) as aside:
-        aside.write_text("ha")
+    with pytest.raises(RuntimeError), files.atomic_write(path) as temporary:
+        temporary.write_text("ha")
         raise RuntimeError
     assert path.read_text() == "whole" and [p.name for p in tmp_path.iterdir()] == ["result.txt"]

@@ -15,6 +15,7 @@ import tensorflow as tf
 import config
 import helpers
 import train
+from extras import checkpoint, devices
 
 TINY = [*rubbish.TINY, *rubbish.QUICK, "--steps=7", "--valid_every=3"]
 
@@ -55,22 +56,20 @@ def whole(folders, tmp_path_factory):
 
 
 def interrupt(monkeypatch, at, how):
-    """Let something happen in the step of this number, counted in this process."""
-    make_steps = train.make_steps
+    """Let something happen in the step of this number, counted in this process. how: result -> result."""
+    on_all_replicas = devices.on_all_replicas
 
     def make(*arguments):
-        train_step, valid_step = make_steps(*arguments)
-        calls = []
+        train_step, calls = on_all_replicas(*arguments), []
 
-        def step(*words, **batch):
+        def step(batch):
             calls.append(1)
-            if len(calls) == at:
-                how()
-            return train_step(*words, **batch)
+            result = train_step(batch)
+            return how(result) if len(calls) == at else result
 
-        return step, valid_step
+        return step
 
-    monkeypatch.setattr(train, "make_steps", make)
+    monkeypatch.setattr(devices, "on_all_replicas", make)
 
 
 @pytest.fixture
@@ -82,7 +81,7 @@ def interruptible():
 
 
 def test_both_signals_are_noted_and_then_work_as_before(interruptible):
-    with helpers.signals_noted() as noted:
+    with checkpoint.defer_signals() as noted:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
     assert noted == [signal.SIGTERM, signal.SIGINT]
@@ -94,7 +93,7 @@ def test_both_signals_are_noted_and_then_work_as_before(interruptible):
 def test_a_signal_ends_after_the_step_and_the_rest_follows_bit_for_bit(whole, folders, tmp_path, monkeypatch, call):
     words = [*TINY, *folders, f"--model_dir={tmp_path}"]
     with monkeypatch.context() as patch:
-        interrupt(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        interrupt(patch, 5, lambda result: os.kill(os.getpid(), signal.SIGTERM) or result)
         status, out, err = call(train, *words)
     assert (
         status == 128 + signal.SIGTERM and "stopped after step 5; to continue, repeat the command with --resume" in out
@@ -111,7 +110,7 @@ def test_what_dies_without_a_word_continues_from_the_last_checkpoint(whole, fold
     """Twice: before there is a checkpoint, and two steps after the first one."""
     words = [*TINY, *folders, f"--model_dir={tmp_path}"]
 
-    def die():
+    def die(result):
         raise KeyboardInterrupt
 
     for at in (1, 5):
@@ -167,11 +166,11 @@ def test_a_training_is_not_continued_on_other_patients(whole, folders, tmp_path,
 def test_a_training_is_not_continued_with_other_validation(whole, folders, monkeypatch, call):
     find_pairs = helpers.find_pairs
     monkeypatch.setattr(
-        helpers, "find_pairs", lambda folder, **words: find_pairs(folder, **words)[folder.endswith("valid") :]
+        helpers, "find_pairs", lambda folder, **words: find_pairs(folder, **words)[str(folder).endswith("valid") :]
     )
     before = {path.name: path.read_bytes() for path in whole.iterdir()}
     status, _, err = call(train, *TINY, *folders, f"--model_dir={whole}", "--resume")
-    assert status == 2 and "valid: found other cases than before" in err.splitlines()[-1], err
+    assert status == 2 and "--valid_dir: found other cases than before" in err.splitlines()[-1], err
     assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
 
 
@@ -179,10 +178,10 @@ def test_the_data_may_have_moved(whole, example, tmp_path, call):
     """The cases count, not the path; inference.py then looks for them in the new place."""
     shutil.copytree(whole, tmp_path / "model")
     (tmp_path / "elsewhere").symlink_to(example)
-    moved = [f"--{name}_dir={tmp_path / 'elsewhere' / name}" for name in ("train", "valid", "test")]
+    moved = [f"--{name}_dir={tmp_path / 'elsewhere' / name}" for name in ("train", "valid")]
     status, _, err = call(train, *TINY, *moved, f"--model_dir={tmp_path / 'model'}", "--resume")
     assert status == 0, err
-    assert config.load(tmp_path / "model" / "config.json").train_dir == str(tmp_path / "elsewhere" / "train")
+    assert config.load_config(tmp_path / "model").train_dir == str(tmp_path / "elsewhere" / "train")
 
 
 @pytest.mark.usefixtures("eagerly")
@@ -193,27 +192,16 @@ def test_a_gradient_that_is_no_number_stops_before_it_is_saved(folders, tmp_path
     def spoiled(value):
         return value, lambda upstream: upstream * np.inf
 
-    mean = train.mean_over_labels
-    monkeypatch.setattr(train, "mean_over_labels", lambda *words: spoiled(mean(*words)))
+    mean = train.masked_mean
+    monkeypatch.setattr(train, "masked_mean", lambda *words: spoiled(mean(*words)))
     status, _, err = call(train, *TINY, *folders, f"--model_dir={tmp_path}", "--valid_every=1")
-    assert status == 2 and "step 1 (train0" in err and "found a loss of nan" in err, err
+    assert status == 2 and "step 1 (train0" in err and "a gradient of norm" in err, err
     assert not (tmp_path / "checkpoint.npz").exists()
 
 
 @pytest.mark.usefixtures("eagerly")
 def test_a_loss_that_is_no_number_stops_with_step_cases_and_checkpoint(folders, tmp_path, monkeypatch, call):
-    make_steps = train.make_steps
-
-    def make(*arguments):
-        train_step, valid_step = make_steps(*arguments)
-
-        def step(number, *words, **batch):
-            result = train_step(number, *words, **batch)
-            return result | {"loss": result["loss"] * np.nan} if number == 5 else result
-
-        return step, valid_step
-
-    monkeypatch.setattr(train, "make_steps", make)
-    status, _, err = call(train, *TINY, *folders, f"--model_dir={tmp_path}", "--cross_patient=0")
+    interrupt(monkeypatch, 5, lambda result: result | {"loss": np.nan})
+    status, _, err = call(train, *TINY, *folders, f"--model_dir={tmp_path}", "--inter_subject_fraction=0")
     last = err.splitlines()[-1]
     assert status == 2 and "step 5 (train0" in last and "found a loss of nan" in last and "of step 3" in last, err

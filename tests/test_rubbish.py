@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import helpers
 import inference
 import train
-from config import InputError
+from extras.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,9 @@ def test_rubbish_ends_with_one_line(name, base, tmp_path):
     status, errors = rubbish.run(script, words)
     lines = errors.strip().splitlines()
     assert status == 2 and "Traceback" not in errors, errors
-    assert [line for line in lines if line.startswith("error: ")] == lines[-1:] and message in lines[-1], errors
+    in_one_line = [line for line in lines if line.startswith("error: ")] == lines[-1:] and message in lines[-1]
+    in_tyros_words = "--help" in errors and message.split(":")[0] in errors
+    assert in_one_line or in_tyros_words, errors
     assert not list(tmp_path.glob("out/*"))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB
 
@@ -128,10 +130,8 @@ def test_no_header_raises_anything_else(changes, keep, compressed, small_file):
     path = folder / ("a.nii.gz" if compressed else "a.nii")
     path.write_bytes(gzip.compress(bytes(data[:keep]), 1) if compressed else bytes(data[:keep]))
     try:
-        image, affine = helpers.read_image(path)
-        volume = helpers.to_network(
-            helpers.Volume(image, affine), helpers.network_grid(affine, image.shape, (8, 8, 8), 3.0), (8, 8, 8)
-        )
-        assert np.isfinite(volume.image).all()
+        volume = helpers.read_image(path)
+        grid = helpers.network_grid(volume.affine, volume.image.shape, (8, 8, 8), 3.0)
+        assert np.isfinite(helpers.to_network(volume, grid, (8, 8, 8)).image).all()
     except InputError as error:
         assert str(error).startswith(str(path)) and "\n" not in str(error)

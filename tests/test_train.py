@@ -1,7 +1,7 @@
 """train.py, small: every option of a training and of the inference after it, and what a single step does."""
 
 import csv
-import shutil
+import os
 import sys
 import tempfile
 
@@ -9,31 +9,34 @@ import h5py
 import numpy as np
 import pytest
 import tensorflow as tf
-from rubbish import QUICK, TINY
+from rubbish import QUICK, SMALL, TINY
 
 import config
+import helpers
 import inference
 import train
-from networks import build_network
+from networks import NETWORKS
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        "--network local --similarity dice --regulariser bending --ddf_levels 0 2 4",
+        "--network local --similarity dice --regulariser bending --ddf_levels 0 2 4 --initial_alignment header",
         "--network global --similarity cross-entropy --regulariser gradient-l2 --labels_per_pair 1",
-        "--network composite --similarity mean-squared --regulariser gradient-l1 --mirror_axis -1",
-        "--network centred --labels_per_pair 1 --similarity jaccard --similarity_scales 0 --cross_patient 0 --folds 3 "
-        "--local_every 3 --refine_steps 0 --ddf_levels 3",
+        "--network composite --similarity mean-squared --regulariser gradient-l1 --mirror_axis -1 --dropout 0.3",
+        "--network local --labels_per_pair 1 --similarity jaccard --similarity_scales 0 --inter_subject_fraction 0 "
+        "--folds 3 --ddf_levels 3 --elastic_augmentation 2",
     ],
 )
-def test_every_option_trains_and_registers(options, folders, tmp_path, call):
+def test_every_option_trains_and_registers(options, example, folders, tmp_path, call):
     model, output = f"--model_dir={tmp_path / 'model'}", f"--output_dir={tmp_path / 'output'}"
     words = [*options.split(), *TINY, "--steps", 4, "--valid_every", 2]
-    named = [word for word in folders if not ("--folds" in options and word.startswith("--test_dir"))]
-    status, out, err = call(train, *words, *named, model)
+    status, out, err = call(train, *words, *folders, model)
     assert status == 0, err
-    assert out.splitlines()[-1].endswith(f"next: {sys.executable} inference.py --model_dir {tmp_path / 'model'}")
+    assert out.startswith("computing on the CPU, ")
+    command = f"{sys.executable} {os.path.relpath(inference.__file__)} --model_dir {tmp_path / 'model'}"
+    files = "" if "--folds" in options else " --moving FILE --fixed FILE"
+    assert out.splitlines()[-1].endswith(f"next: {command}{files}")
     written = {path.name.split(".")[0] for path in (tmp_path / "model").iterdir()}
     assert written == {"config", "trained_patients", "best", "last", "checkpoint", "history", "events"}
     with open(tmp_path / "model" / "history.csv") as file:
@@ -41,7 +44,8 @@ def test_every_option_trains_and_registers(options, folders, tmp_path, call):
     assert [row["step"] for row in history] == ["2", "4"]
     assert all(np.isfinite(float(value)) for row in history for value in row.values())
 
-    status, out, err = call(inference, model, output)
+    test_dir = [] if "--folds" in options else [f"--test_dir={example / 'test'}"]
+    status, out, err = call(inference, model, output, *test_dir)
     assert status == 0, err
     cases = {"train00", "train01", "train02"} if "--folds" in options else {"test00", "test01"}
     found = {path.name for path in (tmp_path / "output").iterdir()}
@@ -50,9 +54,10 @@ def test_every_option_trains_and_registers(options, folders, tmp_path, call):
 
 
 @pytest.mark.usefixtures("eagerly")
-def test_weight_decay_takes_away_its_share(folders, tmp_path, call):
+def test_weight_decay_takes_away_its_share(folders, tmp_path, call, monkeypatch):
     """All of it, where it is the inverse of the learning rate: what is left is Adam's first step, the rate at most."""
-    words = [*TINY, *QUICK, "--steps=1", "--learning_rate=1e-3", "--weight_decay=1000"]
+    monkeypatch.setattr(train, "WEIGHT_DECAY", 1000)
+    words = [*TINY, *QUICK, "--steps=1", "--learning_rate=1e-3"]
     status, _, err = call(train, *words, folders[0], "--valid_dir=", f"--model_dir={tmp_path / 'model'}")
     assert status == 0, err
     with h5py.File(tmp_path / "model" / "last.weights.h5") as file:
@@ -61,70 +66,47 @@ def test_weight_decay_takes_away_its_share(folders, tmp_path, call):
     assert 0.99e-3 < max(weights) < 1.01e-3
 
 
-@pytest.mark.usefixtures("eagerly")
-def test_prepared_pairs_that_were_tidied_away_end_in_one_line(folders, tmp_path, call, monkeypatch):
+def test_nothing_of_the_prepared_pairs_has_a_name(example, tmp_path, monkeypatch):
+    """So a kill at any moment leaves no patient's image behind."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    make_steps = train.make_steps
-
-    def tidy_up(*arguments):
-        (scratch,) = tmp_path.glob("prepared-pairs-*")
-        shutil.rmtree(scratch)
-        return make_steps(*arguments)
-
-    monkeypatch.setattr(train, "make_steps", tidy_up)
-    status, _, err = call(train, *TINY, *QUICK, "--steps=2", folders[0], "--valid_dir=", f"--model_dir={tmp_path}/m")
-    (line,) = [line for line in err.splitlines() if line.startswith("error")]
-    assert status == 2 and f"{tmp_path}/prepared-pairs-" in line and "TMPDIR" in line
+    prepared = helpers.PreparedPairs(helpers.find_pairs(example / "train"), *config.TrainConfig(**SMALL).grid())
+    assert not list(tmp_path.iterdir())
+    assert len({prepared[number]["fixed_image"].tobytes() for number in range(3)}) == 3
 
 
 @pytest.mark.usefixtures("eagerly")
 @pytest.mark.parametrize("alike", [True, False])
-def test_a_pair_turned_and_bent_alike_needs_no_field(monkeypatch, alike):
+def test_a_pair_turned_and_bent_alike_needs_no_field(alike):
     """Images and labels of both sides, and the labels that the field warps, are moved by one and the same map."""
     shape = (16, 18, 20)
-    words = {"network": "local", "channels": 2, "first_kernel": 3, "similarity_scales": (0.0,)}
-    settings = config.Config(moving_shape=shape, fixed_shape=shape, batch_size=2, intensity_augmentation=0, **words)
+    settings = config.TrainConfig(
+        network="local", channels=2, similarity_scales=(0,), moving_shape=shape, fixed_shape=shape
+    )
+    network = NETWORKS["local"](shape, shape, **settings.network_options())  # its field is zero at first
+    optimizer = train.build_optimizer(settings, network.trainable_variables)
     affine = np.array([[[1.1, 0.1, 0, 1], [-0.1, 0.9, 0.1, -1], [0, 0.1, 1, 0.5]]] * 2, np.float32)
-    index = np.indices(shape, np.float32)
-    bend = 1.5 * np.stack([np.sin(index[(k + 1) % 3] / 4 + k) for k in range(3)], axis=-1)[None]
-    bends = [bend, bend if alike else -bend]
-
-    def smooth(seed, number, shape, places, channels, amount):
-        return tf.zeros((number, *shape, channels)) + (bends.pop(0) if channels == 3 else 0)
-
-    monkeypatch.setattr(train, "random_affine", lambda *drawn: tf.constant(affine))
-    monkeypatch.setattr(train, "random_smooth", smooth)
-    network = build_network(settings)  # its field is zero at first
-    optimizer = tf.keras.optimizers.Adam()
-    optimizer.build(network.trainable_variables)
-    step, _ = train.make_steps(settings, network, optimizer)
-    ball = (np.linalg.norm(np.moveaxis(index, 0, -1) - (9, 8, 10), axis=-1) < 4).astype(np.float32)
-    label = np.repeat(ball[None, ..., None], 2, axis=0)
-    sides = {f"{side}_{what}": label for side in ("moving", "fixed") for what in ("image", "labels")}
-    result = step(tf.constant(1), **sides, mask=np.ones((2, 1), np.float32))
-    assert (result["dice"] > 0.999 and result["similarity"] < 1e-4) if alike else result["dice"] < 0.9
+    displacement = np.random.default_rng(0).normal(0, 1.5, (2, 5, 5, 5, 3)).astype(np.float32)
+    transform = {"affine": affine, "displacement": displacement}
+    other = transform if alike else transform | {"displacement": -displacement}
+    intensity = {"log_gamma": np.zeros((2, 1, 1, 1, 1), np.float32), "log_gain": np.zeros((2, 3, 3, 3, 1), np.float32)}
+    ball = (np.linalg.norm(np.moveaxis(np.indices(shape), 0, -1) - (9, 8, 10), axis=-1) < 4).astype(np.float32)
+    label = tf.constant(np.repeat(ball[None, ..., None], 2, axis=0))
+    batch = {f"{side}_{what}": label for side in ("moving", "fixed") for what in ("image", "labels")}
+    batch |= {"moving_transform": transform, "fixed_transform": other, "mask": np.ones((2, 1), np.float32)}
+    batch |= {f"{side}_intensity": intensity for side in ("moving", "fixed")}
+    result = train.train_step(settings, network, optimizer, batch)
+    assert (result["dice"] > 0.999 and result["label_loss"] < 1e-4) if alike else result["dice"] < 0.9
 
 
-@pytest.mark.usefixtures("eagerly")
-def test_a_step_that_does_not_teach_all_teaches_the_search_alone(rng):
-    shape = (12, 12, 12)
-    quick = {"channels": 2, "search_channels": (2, 2), "ddf_levels": (3,), "similarity_scales": (0,)}
-    settings = config.Config(moving_shape=shape, fixed_shape=shape, first_kernel=3, **quick)
-    network = build_network(settings)
-    maps = [output for name, output in network.output.items() if name != "ddf"]
-    search = {weight.path for weight in tf.keras.Model(network.inputs, maps).trainable_variables}
-    optimizer = tf.keras.optimizers.Adam(0.01)
-    optimizer.build(network.trainable_variables)
-    step, _ = train.make_steps(settings, network, optimizer)
-    images, labels = (rng.random((4, *shape, 1)).astype(np.float32) for _ in range(2))
-    batch = {f"{side}_image": images for side in ("moving", "fixed")} | {"mask": np.ones((4, 1), np.float32)}
-    batch |= {f"{side}_labels": labels for side in ("moving", "fixed")}
-
-    def taught_by(number, teaches_all):
-        before = {weight.path: weight.numpy() for weight in network.trainable_variables}
-        step(tf.constant(number), teaches_all, **batch)
-        return {weight.path for weight in network.trainable_variables if np.any(weight != before[weight.path])}
-
-    step(tf.constant(1), True, **batch)  # from here on no weight is held at zero
-    assert taught_by(2, False) == search
-    assert taught_by(3, True) > search
+def test_what_a_step_draws_depends_on_seed_and_step_alone(example):
+    prepared = helpers.PreparedPairs(helpers.find_pairs(example / "train"), *config.TrainConfig(**SMALL).grid())
+    settings = config.TrainConfig(**SMALL, elastic_augmentation=2.0)
+    (batch, cases), (again, _), (other, _) = (
+        train.sample_batch(settings, prepared, range(3), step) for step in (7, 7, 8)
+    )
+    assert len(cases.split(", ")) == 2
+    for ours, theirs in zip(tf.nest.flatten(batch), tf.nest.flatten(again), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert not np.array_equal(batch["moving_transform"]["affine"], other["moving_transform"]["affine"])
+    sides = [np.sign(batch[f"{side}_transform"]["affine"][:, 0, 0]) for side in ("moving", "fixed")]
+    np.testing.assert_array_equal(*sides)  # mirrored alike

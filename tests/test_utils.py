@@ -43,41 +43,53 @@ def test_identity_points_return_the_volume(rng):
 def test_affine_turns_about_the_centre():
     quarter = tf.constant([[[0, -1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0]]], tf.float32)
     points = tf.constant([[[4.0, 4.0, 4.0], [6.0, 4.0, 4.0]]])
-    np.testing.assert_allclose(utils.transform_points(points, quarter, (9, 9, 9))[0], [[4, 4, 4], [4, 6, 4]], atol=1e-6)
+    np.testing.assert_allclose(utils.affine_transform(points, quarter, (9, 9, 9))[0], [[4, 4, 4], [4, 6, 4]], atol=1e-6)
 
 
 def test_affine_broadcasts_one_grid_over_the_batch():
     affine = tf.stack([tf.eye(3, 4), tf.eye(3, 4) + tf.constant([[0, 0, 0, 1.0]] * 3)])
     grid = utils.reference_grid((3, 4, 5))
-    moved = utils.transform_points(grid[None], affine, (3, 4, 5))
+    moved = utils.affine_transform(grid[None], affine, (3, 4, 5))
     np.testing.assert_allclose(moved, np.stack([grid, grid + 1]), atol=1e-6)
 
 
-def test_random_affine_mirrors_both_sides_alike_and_keeps_to_its_size():
-    affine = utils.random_affine((1, 2), 50, (10, 10, 10), 0.1, tf.constant([1.0, -1.0] * 25), 0).numpy()
+def test_random_affine_mirrors_as_told_and_keeps_to_its_size(rng):
+    affine = utils.random_affine(rng, 50, (10, 10, 10), 0.1, 0, np.array([1, -1] * 25))
     assert (np.sign(affine[:, 0, 0]) == [1, -1] * 25).all() and (affine[:, 1, 1] > 0).all()
     assert np.abs(np.abs(affine[:, :, :3]) - np.eye(3)).max() <= 0.1 and np.abs(affine[:, :, 3]).max() <= 0.5
-    none = utils.random_affine((1, 2), 1, (10, 10, 10), 0.0, tf.constant([-1.0]), -1)
+    none = utils.random_affine(rng, 1, (10, 10, 10), 0.0, -1, np.array([-1]))
     np.testing.assert_array_equal(none[0], np.eye(3, 4))
 
 
-def test_random_smooth_is_smooth_and_of_its_size():
-    bend = utils.random_smooth([1, 2], 200, (21, 22, 23), places=5, channels=3, amount=1.5).numpy()
-    assert bend.shape == (200, 21, 22, 23, 3)
-    assert abs(bend.mean()) < 0.05
-    corners = bend[:, ::20, ::21, ::22]  # further in, interpolation averages
+def test_random_augmentation_is_smooth_and_of_its_size(rng):
+    affine = np.repeat(np.eye(3, 4, dtype=np.float32)[None], 200, axis=0)
+    transform, intensity = utils.random_augmentation(rng, affine, 1.5, 0.3)
+    displacement = (utils.augmented_points((21, 22, 23), **transform) - utils.reference_grid((21, 22, 23))).numpy()
+    assert displacement.shape == (200, 21, 22, 23, 3) and abs(displacement.mean()) < 0.05
+    corners = displacement[:, ::20, ::21, ::22]  # further in, interpolation averages
     assert corners.std() == pytest.approx(1.5, rel=0.05)
-    assert np.diff(bend, axis=1).std() < 0.5 * bend.std()  # 1.4 were neighbours independent
-    assert not utils.random_smooth([1, 2], 2, (5, 6, 7), 3, 1, 0.0).numpy().any()
+    assert np.diff(displacement, axis=1).std() < 0.5 * displacement.std()  # 1.4 were neighbours independent
+    image = tf.constant(rng.random((200, 6, 7, 8, 1)), tf.float32)
+    assert np.abs(intensity["log_gamma"]).max() <= 0.3 and intensity["log_gain"].std() == pytest.approx(0.18, rel=0.05)
+    assert (
+        0
+        <= np.min(utils.augment_intensity(image, **intensity))
+        < np.max(utils.augment_intensity(image, **intensity))
+        <= 1
+    )
+    transform, intensity = utils.random_augmentation(rng, affine, 0.0, 0.0)
+    np.testing.assert_allclose(
+        utils.augmented_points((5, 6, 7), **transform)[0], utils.reference_grid((5, 6, 7)), atol=1e-5
+    )
+    np.testing.assert_allclose(utils.augment_intensity(image, **intensity), np.maximum(image, 1e-4), rtol=1e-5)
 
 
-def test_gaussian_matrices_agree_with_scipy(rng):
+def test_smooth_agrees_with_scipy_and_keeps_a_constant(rng):
     volume = np.zeros((1, 40, 40, 40, 1), np.float32)
     volume[0, 15:25, 15:25, 15:25, 0] = rng.random((10, 10, 10))
-    filters = [utils.gaussian_matrix(40, 2.0)] * 3
     expected = ndimage.gaussian_filter(volume[0, ..., 0], 2.0, truncate=10)
-    np.testing.assert_allclose(utils.apply_along_axes(volume, filters)[0, ..., 0], expected, atol=1e-5)
-    np.testing.assert_allclose(filters[0].sum(axis=1), 1, rtol=1e-6)
+    np.testing.assert_allclose(utils.smooth(tf.constant(volume), 2.0)[0, ..., 0], expected, atol=1e-5)
+    np.testing.assert_allclose(utils.smooth(tf.ones((1, 5, 6, 7, 2)), 3.0), 1, rtol=1e-5)  # also at the border
 
 
 @pytest.mark.parametrize("channels", [1, 2, 9])  # few and many go different ways
@@ -92,7 +104,8 @@ def test_axes_are_not_confused(rng, channels):
 def test_resize_keeps_a_ramp(size_in, size_out):
     ramp = (np.arange(size_in) + 0.5) / size_in
     expected = np.clip((np.arange(size_out) + 0.5) / size_out, ramp[0], ramp[-1])
-    np.testing.assert_allclose(utils.resize_matrix(size_in, size_out) @ ramp, expected, atol=1e-6)
+    volume = tf.constant(np.tile(ramp[None, None, :, None, None], (1, 4, 1, 5, 1)), tf.float32)
+    np.testing.assert_allclose(utils.resize(volume, (4, size_out, 5))[0, 1, :, 2, 0], expected, atol=1e-6)
 
 
 def test_dice_and_tre_of_shifted_boxes():
@@ -107,12 +120,13 @@ def test_dice_and_tre_of_shifted_boxes():
     assert float(dice[0, 0]) == pytest.approx(0.5) and float(distance[0, 0]) == pytest.approx(2)
 
 
-def test_centroid_follows_an_oblique_header(rng):
+def test_the_distance_of_centroids_follows_an_oblique_header(rng):
     affine = np.eye(4)
     affine[:3] = rng.normal(size=(3, 4))
-    label = np.zeros((5, 6, 7))
-    label[1, 2, 3] = label[3, 2, 5] = 1
-    np.testing.assert_allclose(utils.centroid(label, affine), affine[:3, :3] @ [2, 2, 4] + affine[:3, 3])
+    a, b = np.zeros((2, 5, 6, 7))
+    a[1, 2, 3] = a[3, 2, 5] = b[4, 0, 1] = 1
+    expected = np.linalg.norm(affine[:3, :3] @ (np.array([2, 2, 4]) - [4, 0, 1]))
+    assert utils.target_registration_error(a, b, affine) == pytest.approx(expected)
 
 
 def test_hausdorff_agrees_with_simpleitk(rng):

@@ -5,49 +5,58 @@
 Writes metrics.csv, summary.txt and boxplot.png of the held-out pairs, as inference.py does.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import config as settings
-
-settings.import_tensorflow()
+from extras import devices  # noqa: F401  before TensorFlow
 
 # isort: split
+import nibabel as nib
 import numpy as np
-from tqdm import tqdm
+import pandas as pd
+from scipy import ndimage
 
 import helpers
 import inference
-import results
-from utils import centroid, moving_offset
+import utils
+from config import TrainConfig
+from extras import cross_validation, files, report
+from extras.errors import run
 
 
 def main():
-    config = settings.parse_for_training()
-    rows, offset = [], moving_offset(config.moving_shape, config.fixed_shape)
-    pairs = helpers.find_test_pairs(config.folds, config.fold, config.train_dir, config.test_dir)
-    for pair in tqdm(pairs, "registering", unit="pair", disable=None):
-        moving, fixed = helpers.read_pair(pair)
-        on_grids = helpers.pair_to_network(pair, moving, fixed, *settings.grid_settings(config))
-        there, here = (
-            centroid(side.labels[..., 0], np.linalg.inv(grid.affine) @ side.affine)  # voxels of the network grid
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, default in {"train_dir": None, "folds": 5, "fold": 0, "output_dir": "centroids"}.items():
+        parser.add_argument(f"--{name}", type=type(default or ""), default=default, required=default is None)
+    args = parser.parse_args()
+    config, rows = TrainConfig(), []
+    offset = utils.moving_offset(config.moving_shape, config.fixed_shape)
+    _, pairs = cross_validation.split_fold(helpers.find_pairs(args.train_dir), args.folds, args.fold)
+    for pair, moving, fixed in helpers.read_pairs(pairs, "registering"):
+        on_grids = helpers.pair_to_network(moving, fixed, *config.grid())
+        moving_centroid, fixed_centroid = (
+            nib.affines.apply_affine(
+                np.linalg.inv(grid.affine) @ side.affine, ndimage.center_of_mass(side.labels[..., 0])
+            )
             for side, grid in zip((moving, fixed), on_grids, strict=True)
         )
-        shift = np.zeros((*config.fixed_shape, 3), np.float32) + (there - here - offset).astype(np.float32)
+        shift = np.zeros((*config.fixed_shape, 3), np.float32) + np.float32(moving_centroid - fixed_centroid - offset)
         rows += measure_ddf(pair.case, moving, fixed, shift, on_grids[1].affine, on_grids[0].affine, offset)
-    print(results.save(helpers.make_folder(config.output_dir), rows), end="")
+    folder = files.ensure_writable_dir(args.output_dir)
+    print(report.save_metrics(folder, pd.DataFrame(rows, columns=report.COLUMNS)), end="")
 
 
-def measure_ddf(case, moving, fixed, ddf, *grids):
-    """Rows of metrics.csv for any DDF (X, Y, Z, 3) between two Volumes with labels; grids as of displacement_on."""
-    labels = {"fixed": fixed.labels}
-    for when, field in (("before", np.zeros_like(ddf)), ("after", ddf)):
-        displacement = helpers.displacement_on(fixed.image.shape, fixed.affine, field, *grids)
-        labels[when] = helpers.warp_to_fixed(moving.labels, moving.affine, displacement, fixed.affine)
-    return inference.measure_pair(case, labels, fixed.affine, ddf)
+def measure_ddf(case, moving, fixed, ddf, *geometry):
+    """Rows of metrics.csv for any DDF (X, Y, Z, 3) between two Volumes with labels; geometry as of displacement_on."""
+    fields, warped = {"before": np.zeros_like(ddf), "after": ddf}, {}
+    for when, field in fields.items():
+        displacement = utils.displacement_on(fixed.image.shape, fixed.affine, field, *geometry)
+        warped[when] = inference.warp_volume(moving, displacement, fixed.affine)
+    return report.measure_pair(case, fixed, warped, fields, geometry)
 
 
 if __name__ == "__main__":
-    settings.run(main)
+    run(main)
