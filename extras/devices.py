@@ -23,7 +23,8 @@ def describe():
     """What TensorFlow computes on, in a few words."""
     gpus = tf.config.list_physical_devices("GPU")
     names = [tf.config.experimental.get_device_details(gpu).get("device_name", gpu.name) for gpu in gpus]
-    threads = tf.config.threading.get_intra_op_parallelism_threads() or len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = tf.config.threading.get_intra_op_parallelism_threads() or cores
     return f"computing on {', '.join(names) or f'the CPU, {threads} thread' + 's' * (threads > 1)}"
 
 
