@@ -1,8 +1,7 @@
 """Networks: a moving and a fixed image in, a dense displacement field (DDF) out. No network ever sees a label.
 
 Each builder returns a Keras model: [moving (B, MX, MY, MZ, 1), fixed (B, X, Y, Z, 1)] -> ddf (B, X, Y, Z, 3) in voxels.
-A DDF of zero lays the centres of the two grids over each other; training starts from it.
-README, "Networks"; Hu et al. 2018 (doi 10.1016/j.media.2018.07.002, arXiv 1711.01666).
+Training starts from a DDF of zero: the two grids, centre on centre. README, "Networks"; Hu 2018, arXiv 1711.01666.
 """
 
 import keras
@@ -127,7 +126,7 @@ def heat_map_points(scores):
     """Heat maps (B, X/2, Y/2, Z/2, K) -> points (B, K, 3), in voxels from the volume's centre.
 
     From zero scores alone, all K points would start as one and get the same gradient. So each starts in a place of its
-    own, with a Gaussian bump there. That point k means the same spot in both images, the label loss teaches.
+    own, with a Gaussian bump there. The label loss teaches that point k means the same spot in both images.
     """
     shape, count = scores.shape[1:4], scores.shape[-1]
     grid = 2 * (reference_grid(shape) - (np.array(shape, np.float32) - 1) / 2)
@@ -135,7 +134,8 @@ def heat_map_points(scores):
     angle, r = np.pi * (1 + 5**0.5) * np.arange(count), np.sqrt(1 - z**2)
     places = PLACE_RADIUS * np.stack([r * np.cos(angle), r * np.sin(angle), z], axis=-1).astype(np.float32)
     log_bumps = -tf.reduce_sum((grid[..., None, :] - places) ** 2, axis=-1) / (2 * BUMP_WIDTH**2)
-    return places + soft_argmax(scores + log_bumps, grid) - soft_argmax(log_bumps[None], grid)  # borders cut bumps
+    # The second term makes scores of zero give the places, although the border cuts the bumps.
+    return places + soft_argmax(scores + log_bumps, grid) - soft_argmax(log_bumps[None], grid)
 
 
 def soft_argmax(scores, grid):

@@ -286,7 +286,7 @@ def intensity_limits(volume):
 def viewer(volumes):
     """A part of a page: axial slices of the fixed image and of the moving one before and after, under one slider.
 
-    volumes: as of `plot_overview`. Shown at no more than 72 voxels along the longest side, in 64 greys.
+    volumes: as of `plot_overview`. Shown at no more than 72 voxels along the longest side, in 64 grey levels.
     """
     import plotly.express as px
 

@@ -63,7 +63,7 @@ def save(figure, name):
 
 
 def similarity():
-    """README, "Multimodal image registration": what the greys say of a shift, and what labels say."""
+    """README, "Multimodal image registration": what intensities say of a shift, and what labels say."""
     moving, fixed, truth = load_pair(1.5, (72, 72, 64), (48, 64, 44))
     shifts = np.arange(-20, 20.1, 1)  # mm
     measures = {"correlation": [], "mutual information": [], "Dice of the gland": []}

@@ -1,7 +1,7 @@
 """How fast, and how close to what the processor can do: this project beside MONAI with PyTorch, and its growth.
 
     pip install -r tests/requirements-benchmark.txt
-    python tests/benchmark.py            README's table, and media/benchmark.json
+    python tests/benchmark.py            a table in Markdown, and media/benchmark.json
     python tests/benchmark.py growth     media/growth.png, growth.json: time and memory against the size of the work
 
 Every contender lives in a process of its own and does each part of the same work in turn with the others (interleaved
@@ -372,7 +372,7 @@ def show(row):
 
 
 def markdown(rows):
-    """README's table: the same for MONAI alone."""
+    """A table in Markdown: the same for MONAI alone."""
     others = "monai", "monai-last", "monai-shipped"
     lines = ["| part | this project | MONAI, same kernels | the same, channels last | MONAI as shipped |"]
     lines += ["| --- | --- | --- | --- | --- |"]
