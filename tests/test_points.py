@@ -78,7 +78,7 @@ def test_files_keep_their_frame_and_all_else(suffix, frame, tmp_path):
     if suffix == ".mrk.json":
         assert copy.content == file.content
     else:
-        others = file.content.columns.difference(["x", "y", "z"])
+        others = [name for k, name in enumerate(file.content) if k not in file.columns]
         assert len(others) > 1 and copy.content[others].equals(file.content[others]) and copy.comments == file.comments
     points.write_points(again, file, file.positions + 1, [False, True])
     copy = points.read_points(again, frame if suffix == ".csv" else "file")
@@ -90,7 +90,8 @@ def test_files_keep_their_frame_and_all_else(suffix, frame, tmp_path):
     "name, text, message",
     [
         ("a.txt", "", "another ending"),
-        ("a.csv", "name,x,y\na,1,2\n", "KeyError"),
+        ("a.csv", "name,x,y\na,1,2\n", "found name, x, y, expected x, y, z or r, a, s or l, p, s"),
+        ("a.csv", "1,2,3\n4,5,6\n", "found 1, 2, 3, expected x, y, z"),
         ("a.csv", "x,y,z\n1,2,three\n", "ValueError"),
         ("a.csv", "x,y,z\n1,2,nan\n", "three numbers"),
         ("a.csv", "x,y,z\n", "found 0 points"),
@@ -98,7 +99,11 @@ def test_files_keep_their_frame_and_all_else(suffix, frame, tmp_path):
         ("a.csv", "x,y,z\n1,2,3,4\n", "cannot be read"),
         ("a.fcsv", "# CoordinateSystem = IJK\n1,2,3,4\n", "RAS or LPS"),
         ("a.fcsv", "1,2,3,4\n", "RAS or LPS"),
-        ("a.csv", "X;Y;Z\n1;2;3\n", "columns x, y, z separated by commas"),
+        ("a.csv", "X;Y;Z\n1;2;3\n", "--points_frame"),
+        ("a.csv", "", "a header with x, y, z"),
+        ("a.csv", "x1,y1,z1,x2,y2,z2\n1,2,3,4,5,6\n", "found x1, y1, z1, x2, y2, z2, expected x, y, z"),
+        ("a.csv", "x,y,z,X,Y,Z\n1,2,3,4,5,6\n", "found x, y, z, X, Y, Z, expected x, y, z"),
+        ("a.csv", "# CoordinateSystem = RAS\nl,p,s\n1,2,3\n", "found LPS and RAS, expected one frame"),
         ("a.mrk.json", "{", "JSONDecodeError"),
         ("a.mrk.json", '{"markups": []}', "ValueError"),
         ("a.mrk.json", '{"markups": [{"type": "ROI", "controlPoints": []}]}', "more than its points"),
@@ -113,6 +118,57 @@ def test_bad_files_are_named(name, text, message, tmp_path):
     assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(points.InputError, match="nowhere"):
         points.read_points(tmp_path / "nowhere.csv")
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize(
+    "header, frame",
+    [
+        ("name x y z", None),
+        ("X Y Z", None),
+        ('"label" "r" "a" "s"', "RAS"),
+        ("l p s label", "LPS"),
+        ("id X(mm) Y(mm) Z(mm)", None),
+        ("# a remark\n# CoordinateSystem = LPS\nx y z", "LPS"),
+    ],
+)
+def test_the_usual_spellings_of_a_table_are_read_and_kept(header, frame, separator, tmp_path):
+    """Columns in the field's spellings, with the separators of spreadsheets, and the frame that they say."""
+    columns = header.splitlines()[-1].split()
+    where = [
+        next(k for k, name in enumerate(columns) if name.strip('"').lower().split("(")[0] in [*letters])
+        for letters in ("xrl", "yap", "zs")
+    ]
+    row = ["F-1"] * len(columns)
+    for k, number in zip(where, ("1.5", "-2.25", "30"), strict=True):
+        row[k] = number
+    head = [*header.splitlines()[:-1], separator.join(columns)]
+    path = tmp_path / "a.csv"
+    path.write_text("\n".join([*head, separator.join(row)]) + "\n")
+    if frame is None:
+        with pytest.raises(points.InputError, match="--points_frame"):
+            points.read_points(path)
+    file = points.read_points(path, frame or "LPS")
+    assert file.positions.tolist() == [[1.5, -2.25, 30] if frame == "RAS" else [-1.5, 2.25, 30]]
+    points.write_points(path, file, file.positions + 1, [True])
+    assert path.read_text().splitlines()[: len(head)] == [line.replace('"', "") for line in head]
+    again = points.read_points(path, frame or "LPS")
+    np.testing.assert_allclose(again.positions, file.positions + 1)
+    assert again.names == file.names == (["F-1"] if "label" in header or "name" in header else ["0"])
+
+
+def test_a_decimal_comma_is_read(tmp_path):
+    path = tmp_path / "a.CSV"
+    path.write_text("r;a;s\n1,5;-2,25;30\n;;\n")  # with a row that a spreadsheet left behind
+    file = points.read_points(path)
+    assert file.positions.tolist() == [[1.5, -2.25, 30]]
+    points.write_points(path, file, file.positions, [True])
+    assert path.read_text() == "r;a;s\n1,5;-2,25;30,0\n"
+
+
+def test_a_row_that_begins_with_a_hash_is_a_point(tmp_path):
+    (tmp_path / "a.csv").write_text("name,r,a,s\nA,1,2,3\n#2,4,5,6\n")
+    assert points.read_points(tmp_path / "a.csv").names == ["A", "#2"]
 
 
 def test_what_the_file_says_of_its_frame_is_not_overruled(tmp_path):
