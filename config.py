@@ -16,6 +16,7 @@ import tyro
 from pydantic import ConfigDict, Field, NonNegativeInt, TypeAdapter, ValidationError
 
 from extras.errors import InputError, expect
+from extras.files import check_path
 
 EXAMPLE_DIR = Path(__file__).resolve().parent / "data" / "example"
 CONFIG_NAME = "config.json"
@@ -41,7 +42,7 @@ class TrainConfig:
 
     # Network
     network: Literal["local", "global", "composite"] = "composite"  # DDF; affine; affine and then DDF
-    channels: Literal[2, 4, 8, 16, 32, 64] = 16  # of the first level, doubled from level to level up to 64 (paper: 32)
+    channels: Literal[2, 4, 8, 16, 32, 64] = 8  # of the first level, doubled from level to level up to 64 (paper: 32)
     ddf_levels: tuple[Level, ...] = (1, 2, 3, 4)  # levels whose DDFs are summed, 0 finest, 4 coarsest; without 0 faster
 
     # Loss = label similarity + regulariser_weight x regulariser
@@ -51,7 +52,7 @@ class TrainConfig:
     regulariser_weight: NotNegative = 0.5  # relative to the label similarity; larger = smoother
 
     # Training
-    steps: Count = 600  # gradient steps
+    steps: Count = 2000  # gradient steps
     batch_size: Annotated[int, Field(ge=1, le=1024)] = 4  # pairs per step
     learning_rate: Positive = 1e-3  # peak of Adam's warm-up and cosine decay
     dropout: Share = 0.0  # share of GlobalNet's features that is left out in training
@@ -125,7 +126,10 @@ def parse_config(kind):
 
     tyro explains a word that it cannot read, and ends the program with exit status 2.
     """
-    return check(kind, dataclasses.asdict(tyro.cli(kind, use_underscores=True)))
+    values = dataclasses.asdict(tyro.cli(kind, use_underscores=True))
+    for path in filter(lambda value: value and isinstance(value, str), values.values()):
+        check_path(path)
+    return check(kind, values)
 
 
 def as_json(config):

@@ -1,7 +1,4 @@
-"""Losses: label similarity at several scales, and deformation regularisers. Pure functions.
-
-README, "Label similarity measures" and "Deformation regularisation".
-"""
+"""Losses: label similarity at several scales, and deformation regularisers. README, "Label similarity measures"."""
 
 import numpy as np
 import tensorflow as tf
@@ -10,11 +7,11 @@ from utils import apply_along_axes, channels_to_batch, smooth
 
 EPSILON = 1e-6  # keeps an empty label at a finite loss: 1 for the overlap measures
 
-# -- Label similarity measures: two labels (B, X, Y, Z, L) in [0, 1] -> one dissimilarity per label (B, L) ---------
+# -- Label losses: two labels (B, X, Y, Z, L) in [0, 1] -> one value per label (B, L), smallest where they agree -------
 
 
-def dice(warped, fixed):
-    """1 - soft Dice with squared sums (Milletari et al. 2016), in [0, 1].
+def dice_loss(warped, fixed):
+    """1 - soft Dice with squared sums (V-Net, Milletari et al. 2016, arXiv 1606.04797), in [0, 1].
 
     With squared sums two equal labels score 0 at every scale, so a smoothed label can still be matched perfectly;
     plain sums would leave a large constant, and next to no gradient, at the wide scales.
@@ -24,9 +21,9 @@ def dice(warped, fixed):
     return 1 - 2 * overlap / (total + EPSILON)
 
 
-def jaccard(warped, fixed):
+def jaccard_loss(warped, fixed):
     """1 - soft Jaccard index (intersection over union) with squared sums, in [0, 1]."""
-    dice_score = 1 - dice(warped, fixed)
+    dice_score = 1 - dice_loss(warped, fixed)
     return 1 - dice_score / (2 - dice_score)
 
 
@@ -41,16 +38,21 @@ def mean_squared(warped, fixed):
     return tf.reduce_mean((warped - fixed) ** 2, [1, 2, 3])
 
 
-SIMILARITIES = {"dice": dice, "jaccard": jaccard, "cross-entropy": cross_entropy, "mean-squared": mean_squared}
+LABEL_LOSSES = {
+    "dice": dice_loss,
+    "jaccard": jaccard_loss,
+    "cross-entropy": cross_entropy,
+    "mean-squared": mean_squared,
+}
 
 
-def multi_scale(similarity, warped, fixed, scales):
-    """Mean of a similarity over Gaussian-smoothed copies of both labels (Hu et al. 2018).
+def multi_scale(loss, warped, fixed, scales):
+    """Mean of a label loss over Gaussian-smoothed copies of both labels (Hu et al. 2018).
 
     scales: standard deviations in voxels, 0 = the label as it is. Returns (B, L).
     """
     labels = channels_to_batch(warped), channels_to_batch(fixed)  # (B * L, X, Y, Z, 1): faster than many channels
-    values = [similarity(*(smooth(label, sigma) for label in labels)) for sigma in scales]
+    values = [loss(*(smooth(label, sigma) for label in labels)) for sigma in scales]
     return tf.reshape(tf.add_n(values) / len(values), [-1, fixed.shape[-1]])
 
 

@@ -1,9 +1,8 @@
-"""Train a registration network: images in, a displacement field out; labels appear in the loss alone.
+"""Train a registration network: images in, a dense displacement field (DDF) out; labels appear in the loss alone.
 
     python train.py                          on the example data, which are made first if they are missing
     python train.py --train_dir FOLDER       on your own pairs (README, "Your own data")
-    python train.py --resume                 continues what was interrupted, as if it had not been
-    python train.py --help                   every setting
+    python train.py --resume                 continues an interrupted training, to the same result
 
 Writes to --model_dir: config.json, trained_patients.csv, best.weights.h5, last.weights.h5, checkpoint.npz, history.csv,
 history.png, TensorBoard events. README, "Training".
@@ -27,7 +26,7 @@ import utils
 from config import CONFIG_NAME, EXAMPLE_DIR, TrainConfig, as_json, load_config, parse_config
 from extras import checkpoint, cross_validation, files, report
 from extras.errors import run
-from losses import REGULARISERS, SIMILARITIES, masked_mean, multi_scale
+from losses import LABEL_LOSSES, REGULARISERS, masked_mean, multi_scale
 from networks import NETWORKS
 
 WEIGHT_DECAY = 0.4  # of AdamW, multiplied by the learning rate; it helps where pairs are few
@@ -37,7 +36,7 @@ CLIP_NORM = 1.0  # of the gradient over the whole batch; a single pair cannot th
 def main():
     config = parse_config(TrainConfig)
     checkpoint.check_model_dir(config, load_config)
-    strategy, model_dir = devices.choose_strategy(config)  # of several workers, one alone writes to config.model_dir
+    strategy, model_dir = devices.choose_strategy(config)  # model_dir: a scratch folder for all workers but the first
     keras.utils.set_random_seed(config.seed)
 
     # -- Data: pairs of images, each pair with as many labels as it happens to have
@@ -101,16 +100,16 @@ def sample_batch(config, prepared, indices, step):
     """The arrays of batch number `step`, and the names of its cases. A pure function, so a training can be resumed."""
     rng = np.random.default_rng([config.seed, step])
     sampling = config.labels_per_pair, config.inter_subject_fraction
-    entries = helpers.draw_pairs(rng, prepared, indices, config.batch_size, *sampling)
-    batch = helpers.read_batch(prepared, entries) | draw_augmentation(config, rng)
-    cases = [f"{prepared.pairs[moving].case} to {prepared.pairs[fixed].case}" for moving, fixed, _labels in entries]
+    drawn = helpers.draw_pairs(rng, prepared, indices, config.batch_size, *sampling)  # a few across two patients
+    batch = helpers.read_batch(prepared, drawn) | draw_augmentation(config, rng)
+    cases = [f"{prepared.pairs[moving].case} to {prepared.pairs[fixed].case}" for moving, fixed, _labels in drawn]
     return batch, ", ".join(cases)
 
 
 def draw_augmentation(config, rng):
-    """The transform and the intensity change of each image of a batch. Both images of a pair are mirrored, or none."""
+    """Transform and intensity change of each image of a batch. Both images of a pair are mirrored, or neither is."""
     size, augmentation = config.batch_size, {}
-    mirror, elastic = rng.choice([-1, 1], size), config.elastic_augmentation / config.voxel_size  # mm to voxels
+    mirror, elastic = rng.choice([-1, 1], size), config.elastic_augmentation / config.voxel_size  # the latter in voxels
     for side, shape in (("moving", config.moving_shape), ("fixed", config.fixed_shape)):
         affine = utils.random_affine(rng, size, shape, config.affine_augmentation, config.mirror_axis, mirror)
         transform, intensity = utils.random_augmentation(rng, affine, elastic, config.intensity_augmentation)
@@ -147,7 +146,7 @@ def build_optimizer(config, variables):
 
 
 def train_step(config, network, optimizer, batch):
-    """One gradient step on a batch. Returns the scalars of `compute_loss`, and the norm of the gradient."""
+    """Augment a batch, predict, warp the labels, compare, descend. Points (B, X, Y, Z, 3) say where a voxel is read."""
     moving_points = utils.augmented_points(config.moving_shape, **batch["moving_transform"])
     fixed_points = utils.augmented_points(config.fixed_shape, **batch["fixed_transform"])
     moving_image = utils.resample(batch["moving_image"], moving_points)
@@ -157,7 +156,8 @@ def train_step(config, network, optimizer, batch):
     fixed_labels = utils.resample(batch["fixed_labels"], fixed_points)
     with tf.GradientTape() as tape:
         ddf = network([moving_image, fixed_image], training=True)
-        warped_labels = utils.resample(batch["moving_labels"], utils.warp_points(moving_points, ddf))
+        points = utils.warp_points(moving_points, ddf)  # through DDF and augmentation, to resample the labels only once
+        warped_labels = utils.resample(batch["moving_labels"], points)
         result = compute_loss(config, warped_labels, fixed_labels, batch["mask"], ddf)
     gradients = tape.gradient(result["loss"], network.trainable_variables)
     norm = devices.apply_gradients(optimizer, gradients, network.trainable_variables, CLIP_NORM)
@@ -173,7 +173,7 @@ def valid_step(config, network, batch):
 
 def compute_loss(config, warped_labels, fixed_labels, mask, ddf):
     """loss = label_loss + regulariser_weight * regularisation, and two figures that a person can read; scalars."""
-    label_losses = multi_scale(SIMILARITIES[config.similarity], warped_labels, fixed_labels, config.similarity_scales)
+    label_losses = multi_scale(LABEL_LOSSES[config.similarity], warped_labels, fixed_labels, config.similarity_scales)
     label_loss = masked_mean(label_losses, mask)
     regularisation = REGULARISERS[config.regulariser](ddf)
     dice_scores, distances = utils.label_metrics(tf.stop_gradient(warped_labels), fixed_labels)

@@ -13,6 +13,7 @@ labels and truth are exact on every grid and nothing is resampled. The same seed
 import shutil
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -24,15 +25,15 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from extras.errors import run
-from extras.files import write_nifti
-from helpers import FOLDERS, write_displacement
-from utils import voxel_to_world
+from extras.files import write_displacement, write_nifti
+from helpers import FOLDERS
+from utils import jacobian_determinant, voxel_to_world
 
-PATIENTS = {"train": 48, "valid": 6, "test": 8}
+PATIENTS = {"train": 160, "valid": 8, "test": 12}
 MR_SHAPE, MR_SPACING, MR_ORIENTATION = (96, 96, 32), (1.05, 1.05, 3.0), "LPS"
 US_SHAPE, US_SPACING, US_ORIENTATION = (80, 88, 48), (0.9, 0.9, 1.35), "PIR"
 TRUTH_SPACING = 3  # the true displacement is smooth: every third voxel of the ultrasound is enough
-LARGEST_DISPLACEMENT = 15.0  # mm
+SMALLEST_JACOBIAN = 0.3  # of the deformation: it squeezes tissue to no less than this share of its volume
 
 
 def ball(p, centre, radii):
@@ -51,9 +52,9 @@ def step(distance, width):
 
 def random_patient(rng):
     """Sizes and places of one patient's anatomy, in mm."""
-    radii = rng.uniform([19, 14, 16], [26, 19, 22])
+    radii = rng.uniform([18, 13, 15], [24, 18, 20])
     patient = {
-        "gland": rng.uniform(-4, 4, 3),
+        "gland": rng.uniform(-3, 3, 3),
         "radii": radii,
         "taper": rng.uniform(0.15, 0.35),  # the apex is narrower than the base
         "lobes": rng.normal(0, 0.03, (3, 2)),  # irregular outline
@@ -65,13 +66,15 @@ def random_patient(rng):
         "nodule_tone": rng.choice([-1, 1], 8) * rng.uniform(0.5, 1, 8),
     }
     # Landmarks: visible in both images, in ways that differ. All lie inside the gland, well apart from each other.
-    kinds = rng.permutation(["cyst", "calcification", "lesion", "cyst", "calcification"])[: rng.integers(1, 6)]
-    places = []
-    while len(places) < len(kinds):
-        place = rng.uniform(-0.75, 0.75, 3) * radii
-        if np.linalg.norm(place / radii) < 0.75 and all(np.linalg.norm(place - other) > 10 for other in places):
-            places.append(place)
-    patient["landmarks"] = [(kind, place, rng.uniform(2.8, 4.2)) for kind, place in zip(kinds, places, strict=True)]
+    places, count = [], rng.integers(4, 7)
+    while len(places) < count:
+        places = []
+        for place in rng.uniform(-0.7, 0.7, (200, 3)) * radii:
+            is_inside = np.linalg.norm(place / radii) < 0.75
+            if is_inside and len(places) < count and all(np.linalg.norm(place - other) > 11 for other in places):
+                places.append(place)
+    kinds = rng.permutation(["cyst", "calcification", "lesion"] * 2)[:count]
+    patient["landmarks"] = list(zip(kinds, places, rng.uniform(3.5, 5, count), strict=True))
     return patient
 
 
@@ -105,37 +108,39 @@ def tissues(p, patient):
 
 
 def label_maps(t):
-    """Label 0 the gland, then the landmarks: (..., L) uint8. t: what `tissues` returned."""
-    return np.stack([t["gland"] < 1, *(distance < 1 for _, distance in t["landmarks"])], axis=-1).astype(np.uint8)
+    """Label 0 the gland, 1 its transition zone, then the landmarks: (..., L) uint8. t: what `tissues` returned."""
+    distances = [t["gland"], t["transition"], *(distance for _, distance in t["landmarks"])]
+    return np.stack([distance < 1 for distance in distances], axis=-1).astype(np.uint8)
 
 
 # -- The deformation -----------------------------------------------------------------------------------------------
 
 
-def random_deformation(rng, patient, points):
-    """u(x) in mm: shift, rotation, the probe's push and smooth bumps; at most LARGEST_DISPLACEMENT at the points."""
-    shift = rng.normal(size=3)
-    shift *= rng.uniform(10, 14) / np.linalg.norm(shift)
-    angles = np.radians(rng.uniform(-6, 6, 3))
-    places = rng.uniform(-1, 1, (6, 3)) * patient["radii"] * 1.2 + patient["gland"]
-    sizes = rng.uniform(11, 16, 6)
-    bumps = rng.uniform(-2.5, 2.5, (6, 3))
-    probe = patient["gland"] + [0, -patient["radii"][1] - 6, 0]
-    push = rng.uniform(2, 5)  # the probe moves the tissue before it forward, so x shows what lay further back
+def displacement(x, centre, shift, linear, bumps):
+    """u(x) in mm at points x (..., 3) mm: `shift` at the centre, a linear part about it, and Gaussian bumps."""
+    x = x - centre.astype(x.dtype)
+    result = x @ linear.T.astype(x.dtype) + shift.astype(x.dtype)
+    for place, size, bump in bumps:
+        weight = np.exp(-0.5 * ball(x, place, size) ** 2) - np.exp(-0.5 * ball(np.zeros(3), place, size) ** 2)
+        result += weight[..., None].astype(x.dtype) * np.asarray(bump, x.dtype)
+    return result
 
-    def deformation(amount):
-        def u(x):
-            rx, ry, rz = angles * amount
-            turn = np.array([[0, -rz, ry], [rz, 0, -rx], [-ry, rx, 0]])
-            result = (x @ turn.T + shift * amount).astype(x.dtype)
-            for place, size, bump in zip([*places, probe], [*sizes, 16], [*bumps, [0, -push, 0]], strict=True):
-                result += amount * np.exp(-0.5 * ball(x, place, size) ** 2)[..., None] * np.asarray(bump, x.dtype)
-            return result
 
-        return u
-
-    largest = np.linalg.norm(deformation(1.0)(points), axis=-1).max()
-    return deformation(min(1.0, LARGEST_DISPLACEMENT / largest))  # u is linear in the amount
+def random_deformation(rng, patient):
+    """u(x) of a patient: a shift, small turns, stretches along the axes, wide smooth bumps and the probe's push."""
+    every_4_mm = np.moveaxis(np.mgrid[-36:37:4, -40:41:4, -32:33:4], 0, -1).astype(float)
+    while True:
+        shift = rng.normal(size=3)
+        shift *= rng.uniform(6, 12) / np.linalg.norm(shift)
+        rx, ry, rz = np.radians(rng.uniform(-4, 4, 3))
+        linear = np.array([[0, -rz, ry], [rz, 0, -rx], [-ry, rx, 0]]) + np.diag(rng.uniform(-0.22, 0.22, 3))
+        places, sizes = rng.uniform(-1, 1, (5, 3)) * patient["radii"], rng.uniform(13, 17, 5)
+        bumps = list(zip(places, sizes, rng.uniform(-6, 6, (5, 3)), strict=True))
+        # The probe moves the tissue before it forward, so the ultrasound shows at x what lay further back.
+        bumps.append(([0, -patient["radii"][1] - 6, 0], 16, [0, -rng.uniform(7, 11), 0]))
+        u = partial(displacement, centre=patient["gland"] - shift, shift=shift, linear=linear, bumps=bumps)
+        if jacobian_determinant(u(every_4_mm) / 4).min() > SMALLEST_JACOBIAN:
+            return u
 
 
 def tissue_to_ultrasound(place, u):
@@ -191,25 +196,25 @@ def us_image(x, t, patient, u, rng):
         (t["bladder"] - 1.06, 0.06, 0.7),
         (t["bladder"] - 1, 0.06, 0.03),
         (t["gland"] - 1.07, 0.06, 0.85),  # the capsule and the fat around it, bright
-        (t["gland"] - 0.98, 0.05, 0.38),
-        (t["transition"] - 1.04, 0.08, 0.52),
-        (t["transition"] - 0.95, 0.1, 0.27 + 0.1 * t["nodules"]),
+        (t["gland"] - 0.98, 0.05, 0.48),
+        (t["transition"] - 1.06, 0.08, 0.75),
+        (t["transition"] - 0.95, 0.1, 0.27 + 0.06 * t["nodules"]),
         (t["urethra"] - 3, 1.5, 0.12),
     ]:
         echo += step(distance, width) * (tone - echo)
     shadow = np.ones(depth.shape)
     for (kind, distance), (_, place, size) in zip(t["landmarks"], patient["landmarks"], strict=True):
-        tone = {"cyst": 0.03, "calcification": 1.3, "lesion": 0.16}[kind]
+        tone = {"cyst": 0.03, "calcification": 1.4, "lesion": 0.8}[kind]
         echo += step(distance - 1, 0.3) * (tone - echo)
         if kind == "calcification":
             seen = tissue_to_ultrasound(place + patient["gland"], u)
             far, aside = np.hypot(*(seen - probe)[:2]), np.arctan2(*(seen - probe)[:2])
             behind = step(far + size - 10 - depth, 2) * step(np.abs(x[..., 2] - seen[2]) - size, 1.5)
-            shadow *= 1 - 0.75 * behind * step(np.abs(angle - aside) - size / far, 0.04)
+            shadow *= 1 - 0.6 * behind * step(np.abs(angle - aside) - size / far, 0.04)
     echo += 0.5 * np.exp(-0.5 * (depth / 1.5) ** 2)  # rectal wall
     grain = [ndimage.gaussian_filter(rng.normal(size=depth.shape), [0.9, 0.6, 0.5]) for _ in range(2)]
     speckle = np.hypot(*grain) / np.mean(np.hypot(*grain))
-    image = echo * shadow * np.exp(-depth / 70) * (0.35 + 0.65 * speckle)
+    image = echo * shadow * np.exp(-depth / 70) * (0.5 + 0.5 * speckle)
     fan = (depth > 0) & (depth < 68) & (np.abs(angle) < np.radians(70))
     return np.where(fan, image, 0)
 
@@ -240,7 +245,7 @@ def write_pair(folder, case, seed):
     mr_grid, us_grid = centred_affine(MR_SHAPE, MR_SPACING), centred_affine(US_SHAPE, US_SPACING)
     p, x = voxel_to_world(MR_SHAPE, mr_grid), voxel_to_world(US_SHAPE, us_grid)
     patient = random_patient(rng)
-    u = random_deformation(rng, patient, x[np.ix_(*(np.linspace(0, n - 1, 12).astype(int) for n in US_SHAPE))])
+    u = random_deformation(rng, patient)
     mr_frame, us_frame = random_frame(rng), random_frame(rng)
     mr_tissues, us_tissues = tissues(p, patient), tissues(x + u(x), patient)
     mr, us = mr_image(p, mr_tissues, rng), us_image(x, us_tissues, patient, u, rng)
@@ -262,7 +267,7 @@ def write_pair(folder, case, seed):
     write_displacement(folder / "true_displacement" / f"{case}.nii.gz", stored, affine)
 
 
-def main(folder=Path(__file__).parent / "example", seed=2018, patients=PATIENTS):
+def main(folder=Path(__file__).parent / "example", seed=2019, patients=PATIENTS):
     """Write the whole data set aside, then rename it: an interrupted run leaves nothing that looks complete."""
     aside = Path(f"{folder}.unfinished")
     shutil.rmtree(aside, ignore_errors=True)

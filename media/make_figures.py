@@ -73,7 +73,7 @@ def similarity():
         joint, *_ = np.histogram2d(image.ravel(), fixed.image.ravel(), bins=32)
         measures["correlation"].append(np.corrcoef(image.ravel(), fixed.image.ravel())[0, 1])
         measures["mutual information"].append(entropy(joint.sum(0)) + entropy(joint.sum(1)) - entropy(joint.ravel()))
-        measures["Dice of the gland"].append(1 - losses.dice(label[None], fixed.labels[None])[0, 0].numpy())
+        measures["Dice of the gland"].append(1 - losses.dice_loss(label[None], fixed.labels[None])[0, 0].numpy())
     image = utils.warp(moving.image[None], truth)[0, ..., 0].numpy()
     middle = round(ndimage.center_of_mass(fixed.labels[..., 0])[2])
     figure, axes = plt.subplots(1, 4, figsize=(15, 3.6), layout="constrained", width_ratios=(1, 1, 1.1, 1.9))
@@ -119,8 +119,8 @@ def distance():
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained")
     for name, measure, sigmas, colour in (
-        ("Dice, one scale", losses.dice, (0,), BLUE),
-        ("Dice, all scales", losses.dice, CONFIG.similarity_scales, GREEN),
+        ("Dice, one scale", losses.dice_loss, (0,), BLUE),
+        ("Dice, all scales", losses.dice_loss, CONFIG.similarity_scales, GREEN),
         ("cross-entropy, one scale", losses.cross_entropy, (0,), RED),
     ):
         values, steps = [], np.arange(0, 12.1, 0.25)
@@ -157,7 +157,9 @@ def weight():
         def gradient(ddf=ddf, size=size):
             with tf.GradientTape() as tape:
                 warped = utils.warp(moving.labels[None], ddf)
-                similarities = losses.multi_scale(losses.dice, warped, fixed.labels[None], CONFIG.similarity_scales)
+                similarities = losses.multi_scale(
+                    losses.dice_loss, warped, fixed.labels[None], CONFIG.similarity_scales
+                )
                 loss = tf.reduce_mean(similarities) + size * losses.bending_energy(ddf)
             return tape.gradient(loss, ddf)
 

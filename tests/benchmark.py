@@ -63,7 +63,7 @@ def ours(part, channels):
     import tensorflow as tf
 
     import train
-    from losses import bending_energy, dice, multi_scale
+    from losses import bending_energy, dice_loss, multi_scale
     from utils import reference_grid, resample
 
     moving, fixed, moving_label, fixed_label, displacement = map(tf.constant, example_work(GRID))
@@ -88,7 +88,9 @@ def ours(part, channels):
         compiled = tf.function(warp, jit_compile=True)
         return lambda: compiled(displacement).numpy()
     if part == "multi-scale Dice, gradient":
-        return with_gradient(lambda label: tf.reduce_mean(multi_scale(dice, label, fixed_label, SCALES)), moving_label)
+        return with_gradient(
+            lambda label: tf.reduce_mean(multi_scale(dice_loss, label, fixed_label, SCALES)), moving_label
+        )
     if part == "bending energy, gradient":
         return with_gradient(bending_energy, displacement)
     if part == "large convolution":  # the yardstick: 32 channels to 32, forward and backward

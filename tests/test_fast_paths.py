@@ -3,7 +3,7 @@
 import numpy as np
 import tensorflow as tf
 
-from losses import bending_energy, dice, multi_scale
+from losses import bending_energy, dice_loss, multi_scale
 from utils import reference_grid, resample, resize
 
 SHAPE = (9, 7, 8)
@@ -49,7 +49,7 @@ def plain_smooth(volume, sigma):
 
 
 def plain_multi_scale(warped, fixed):
-    return tf.add_n([dice(*(v if s == 0 else plain_smooth(v, s) for v in (warped, fixed))) for s in (0, 1, 3)]) / 3
+    return tf.add_n([dice_loss(*(v if s == 0 else plain_smooth(v, s) for v in (warped, fixed))) for s in (0, 1, 3)]) / 3
 
 
 def plain_bending(ddf):
@@ -85,7 +85,7 @@ def test_warp(rng):
 
 def test_multi_scale_dice(rng):
     labels = rng.random((2, 2, *SHAPE, 3), np.float32)
-    agree(lambda w, f: multi_scale(dice, w, f, (0, 1, 3)), plain_multi_scale, *labels)
+    agree(lambda w, f: multi_scale(dice_loss, w, f, (0, 1, 3)), plain_multi_scale, *labels)
 
 
 def test_bending_energy(rng):

@@ -15,9 +15,9 @@ def ball(centre, radius, shape=(24, 24, 24)):
     return np.clip(radius + 0.5 - distance, 0, 1).astype(np.float32)[None, ..., None]
 
 
-@pytest.mark.parametrize("name", losses.SIMILARITIES)
+@pytest.mark.parametrize("name", losses.LABEL_LOSSES)
 def test_similarity_is_best_where_labels_agree(name):
-    similarity = losses.SIMILARITIES[name]
+    similarity = losses.LABEL_LOSSES[name]
     fixed = ball([12, 12, 12], 4)
     values = [float(losses.multi_scale(similarity, ball([12 + d, 12, 12], 4), fixed, SCALES)[0, 0]) for d in range(7)]
     assert values == sorted(values) and values[0] < values[1]
@@ -28,8 +28,8 @@ def test_similarity_values(name, same, disjoint):
     a, b = np.zeros((2, 1, 10, 10, 10, 1), np.float32)
     a[:, :3, :3, :3] = 1
     b[:, 5:8, 5:8, 5:8] = 1
-    assert float(losses.SIMILARITIES[name](a, a)[0, 0]) == pytest.approx(same, abs=1e-5)
-    assert float(losses.SIMILARITIES[name](a, b)[0, 0]) == pytest.approx(disjoint, abs=1e-5)
+    assert float(losses.LABEL_LOSSES[name](a, a)[0, 0]) == pytest.approx(same, abs=1e-5)
+    assert float(losses.LABEL_LOSSES[name](a, b)[0, 0]) == pytest.approx(disjoint, abs=1e-5)
 
 
 def test_cross_entropy_value():
@@ -41,7 +41,7 @@ def test_jaccard_is_the_intersection_over_the_union():
     a, b = ball([11, 12, 12], 4), ball([13, 12, 12], 5)
     both = np.sum(a * b)
     expected = 1 - both / (np.sum(a**2) + np.sum(b**2) - both)
-    np.testing.assert_allclose(losses.jaccard(a, b), [[expected]], rtol=1e-4)
+    np.testing.assert_allclose(losses.jaccard_loss(a, b), [[expected]], rtol=1e-4)
 
 
 def test_scales_let_distant_landmarks_attract():
@@ -49,17 +49,17 @@ def test_scales_let_distant_landmarks_attract():
     for scales, attracted in (((0,), False), ((0, 2, 4), True)):
         warped = tf.Variable(ball([18, 12, 12], 2))
         with tf.GradientTape() as tape:
-            loss = tf.reduce_sum(losses.multi_scale(losses.dice, warped, fixed, scales))
+            loss = tf.reduce_sum(losses.multi_scale(losses.dice_loss, warped, fixed, scales))
         slope = tape.gradient(loss, warped).numpy()[0, :, 12, 12, 0]
         # Mass just towards the fixed landmark must pay more than mass just away from it.
         assert (slope[16] < slope[20] - 1e-5) == attracted
 
 
-@pytest.mark.parametrize("name", losses.SIMILARITIES)
+@pytest.mark.parametrize("name", losses.LABEL_LOSSES)
 def test_an_empty_label_keeps_loss_and_gradient_finite(name):
     warped, fixed = tf.Variable(tf.zeros((1, 6, 6, 6, 2))), tf.zeros((1, 6, 6, 6, 2))
     with tf.GradientTape() as tape:
-        loss = tf.reduce_sum(losses.multi_scale(losses.SIMILARITIES[name], warped, fixed, SCALES))
+        loss = tf.reduce_sum(losses.multi_scale(losses.LABEL_LOSSES[name], warped, fixed, SCALES))
     assert np.isfinite(loss) and np.isfinite(tape.gradient(loss, warped)).all()
 
 
@@ -97,7 +97,7 @@ def test_graph_and_xla_give_the_eager_values_and_gradients(mode, rng):
 
     def loss(warped, ddf):
         total = tf.add_n([r(ddf) for r in losses.REGULARISERS.values()])
-        for similarity in losses.SIMILARITIES.values():
+        for similarity in losses.LABEL_LOSSES.values():
             total += tf.reduce_sum(losses.multi_scale(similarity, warped, labels[1], (0, 1.5)))
         return total
 
