@@ -1,11 +1,13 @@
-"""Files <-> arrays: find pairs, read and check volumes, resample to the network grid, draw batches, write volumes.
+"""Files to arrays: find pairs, read and check volumes, resample to the network grid, draw batches.
 
 Shapes: B batch; X, Y, Z fixed grid; MX, MY, MZ moving grid; L labels. World coordinates are NIfTI's: RAS, mm.
 """
 
 import io
 import mmap
+import re
 import tempfile
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from extras.errors import InputError, OutputError, expect
-from extras.files import affines_match, read_nifti, write_nifti
+from extras.files import affines_match, check_path, read_displacement, read_nifti, warn, warn_of_spacing
 from utils import in_view, voxel_to_world
 
 SUFFIXES = (".nii", ".nii.gz")
@@ -38,18 +40,19 @@ class Pair:
 
 
 def case_name(path):
-    name = Path(path).name.removesuffix(".gz").removesuffix(".nii")
-    expect(name.isprintable(), path, "a name that cannot be printed", "one in UTF-8; rename the file")
-    return name
+    """The name without its ending, in Unicode's composed form: systems write accents in two ways."""
+    check_path(path)
+    return unicodedata.normalize("NFC", re.sub(r"\.nii(\.gz)?$", "", Path(path).name, flags=re.IGNORECASE))
 
 
 def find_files(folder):
     """{case: path} of the volumes in a folder."""
     paths = sorted(path for path in folder.iterdir() if path.name[0] != "." and path.name.lower().endswith(VOLUMES))
+    files = {}
     for path in paths:
-        expect(path.name.endswith(SUFFIXES), path, "a volume of this kind", ".nii or .nii.gz; convert or rename it")
-    files = {case_name(path): path for path in paths}
-    expect(len(files) == len(paths), folder, "a case both as .nii and as .nii.gz", "one of them")
+        expect(path.name.lower().endswith(SUFFIXES), path, "a volume of this kind", ".nii or .nii.gz; convert it")
+        other = files.setdefault(case_name(path), path)
+        expect(other == path, path, f"the same case as in {other.name!a}", "one file for each case")
     return files
 
 
@@ -81,8 +84,10 @@ def find_pairs(folder, labels="required"):
 def read_patients(path):
     """{case: patient}, from the columns case and patient."""
     try:
-        table = pd.read_csv(path, dtype=str, encoding="utf-8-sig", keep_default_na=False)[["case", "patient"]]
-        lines = table.apply(lambda column: column.str.strip()).drop_duplicates()
+        table = pd.read_csv(path, dtype=str, encoding="utf-8-sig", keep_default_na=False, index_col=False)
+        lines = (
+            table[["case", "patient"]].apply(lambda column: column.str.strip().str.normalize("NFC")).drop_duplicates()
+        )
     except (OSError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: cannot be read ({reason}); expected a CSV file with columns case,patient") from None
@@ -108,9 +113,9 @@ class Volume:
 def read_image(path):
     """A Volume of a 3D image, without labels."""
     data, affine = read_nifti(path)
-    is_volume = data.ndim == 3 and min(data.shape) >= 2
-    expect(is_volume, path, f"shape {data.shape}", "3 dimensions of 2 voxels and more")
+    expect(data.ndim == 3 and min(data.shape) >= 2, path, f"shape {data.shape}", "3 dimensions of 2 voxels and more")
     expect(data.min() < data.max(), path, f"the value {data.min():g} in every voxel", "an image")
+    warn_of_spacing(path)
     return Volume(data, affine, path)
 
 
@@ -135,8 +140,7 @@ def read_labels(path, image):
         expect(is_complete, path, found, "0 to 1, or a map of the integers 0, 1, 2, ..., all there")
         data = (data[..., None] == values[values > 0]).astype(np.float32)
     data = data[..., None] if data.ndim == 3 else data
-    in_range = data.min() >= -0.01 and data.max() <= 1.01
-    expect(in_range, path, f"values {data.min():g} to {data.max():g}", "0 to 1")
+    expect(data.min() >= -0.01 and data.max() <= 1.01, path, f"values {data.min():g} to {data.max():g}", "0 to 1")
     data = np.clip(data, 0, 1)  # filters and scale factors leave 1.0001
     for k, label in enumerate(np.moveaxis(data, -1, 0)):
         expect(label.max() >= 0.5, path, f"that label {k} is empty", "at least one voxel of 0.5 or more")
@@ -206,13 +210,18 @@ def resample_to_grid(data, affine, grid, grid_shape):
     )
 
 
-def to_unit_range(volume, covered):
-    """The image of a Volume as intensities 0..1, from the 0.5th to the 99.5th percentile of the `covered` voxels.
+def covered(volume, grid, grid_shape):
+    """Which voxels of a Volume lie on a network grid."""
+    return in_view(voxel_to_world(volume.image.shape, np.linalg.inv(grid) @ volume.affine), grid_shape)
+
+
+def to_unit_range(volume, seen):
+    """The image of a Volume as intensities 0..1, from the 0.5th to the 99.5th percentile of the voxels `seen`.
 
     A value that more than 5 % of them share at either end of the range is left out: scanner padding, the black around
     an ultrasound fan, a burnt-in frame. Where it lies far from all others, as padding does, a warning names it.
     """
-    values = volume.image[covered] if covered.any() else volume.image.ravel()
+    values = volume.image[seen] if seen.any() else volume.image.ravel()
     count, shared = values.size, {}
     for end in (np.min, np.min, np.max, np.max):  # twice each: padding may lie beyond a background
         value = end(values)
@@ -224,7 +233,7 @@ def to_unit_range(volume, covered):
     low, high = (low, high) if low < high else (values.min(), values.max())
     for value, share in shared.items():
         if value and max(low - value, value - high) > 0.5 * (high - low):  # 0 is the black around any image
-            tqdm.write(f"warning: {volume.path}: {100 * share:.0f} % of its voxels are {value:g}, taken as padding")
+            warn(f"{volume.path}: {100 * share:.0f} % of its voxels are {value:g}, taken as padding")
     return np.clip((volume.image - low) / max(high - low, 1e-6), 0, 1)
 
 
@@ -235,12 +244,10 @@ def to_network(volume, grid, grid_shape):
     """
     seen = in_view(voxel_to_world(grid_shape, np.linalg.inv(volume.affine) @ grid), volume.image.shape).mean()
     if seen < 0.5:
-        tqdm.write(f"warning: {volume.path}: covers {100 * seen:.0f} % of the network grid, expected most of it")
-    covered = in_view(voxel_to_world(volume.image.shape, np.linalg.inv(grid) @ volume.affine), grid_shape)
+        warn(f"{volume.path}: covers {100 * seen:.0f} % of the network grid, expected most of it")
+    image = to_unit_range(volume, covered(volume, grid, grid_shape))
     labels = [] if volume.labels is None else np.moveaxis(volume.labels, -1, 0)
-    image, *labels = (
-        resample_to_grid(data, volume.affine, grid, grid_shape) for data in (to_unit_range(volume, covered), *labels)
-    )
+    image, *labels = (resample_to_grid(data, volume.affine, grid, grid_shape) for data in (image, *labels))
     return Volume(image[..., None], grid, volume.path, np.stack(labels, axis=-1) if labels else None)
 
 
@@ -271,13 +278,14 @@ class PreparedPairs:
         self.pairs, self.label_counts, self.ends = pairs, [], [0]
         with tempfile.TemporaryFile() as file:
             for _, *volumes in read_pairs(pairs, "reading"):
-                arrays = {}
-                for side, volume in zip(("moving", "fixed"), pair_to_network(*volumes, *grid), strict=True):
+                arrays, on_grids = {}, pair_to_network(*volumes, *grid)
+                for side, original, volume in zip(("moving", "fixed"), volumes, on_grids, strict=True):
                     labels = np.round(volume.labels * 255).astype(np.uint8)
                     arrays |= {f"{side}_image": volume.image.astype(np.float16), f"{side}_labels": labels}
                     for k in np.flatnonzero(~labels.any(axis=(0, 1, 2))):
-                        found = f"label {k} lies outside the network grid and teaches nothing"
-                        tqdm.write(f"warning: labels of {volume.path}: {found}")
+                        seen = covered(original, volume.affine, labels.shape[:3])[original.labels[..., k] >= 0.5]
+                        where = "is too small for" if seen.any() else "lies outside"
+                        warn(f"labels of {volume.path}: label {k} {where} the network grid and teaches nothing")
                 self.label_counts.append(labels.shape[-1])
                 self.ends.append(append_arrays(file, arrays))
             self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -345,22 +353,3 @@ def read_drawn(prepared, moving, fixed, chosen):
 def whole_pair(prepared, number):
     """One pair with all of its labels, as a batch of one."""
     return read_batch(prepared, [(number, number, np.arange(prepared.label_counts[number]))])
-
-
-# -- Write ---------------------------------------------------------------------------------------------------------
-
-
-def write_displacement(path, displacement, affine):
-    """Displacement (X, Y, Z, 3) in mm RAS as the vector image that ITK, ANTs, SimpleITK and 3D Slicer read.
-
-    That is NIfTI of shape (X, Y, Z, 1, 3), intent 1007 (vector), components in LPS.
-    """
-    lps = displacement * np.array([-1, -1, 1], np.float32)
-    write_nifti(path, lps[:, :, :, None, :].astype(np.float32), affine, intent="vector")
-
-
-def read_displacement(path):
-    """Inverse of write_displacement: (X, Y, Z, 3) mm, RAS, and voxel-to-world matrix."""
-    data, affine = read_nifti(path)
-    expect(data.shape[3:] == (1, 3), path, f"shape {data.shape}", "a displacement field (X, Y, Z, 1, 3)")
-    return data[:, :, :, 0, :] * np.array([-1, -1, 1], np.float32), affine

@@ -67,12 +67,13 @@ def main():
             warped[when] = warp_volume(moving, displacement, fixed.affine)
 
         # -- Measure: where there are labels
-        case_rows = report.measure_pair(pair.case, fixed, warped, fields, geometry)
+        stored_labels = labels_to_store(moving, warped["after"], displacement)
+        case_rows = report.measure_pair(pair.case, moving, fixed, warped, fields, geometry, stored_labels)
         rows += case_rows
 
         # -- Write: volumes and fields, points, a picture
         folder = output_dir / pair.case
-        write_volumes(folder, moving, fixed, warped["after"], displacement, ddf, geometry)
+        write_volumes(folder, moving, fixed, warped["after"].image, stored_labels, displacement, ddf, geometry)
         if point_file:
             points.transfer_points(point_file, folder, config.points_on, moving, fixed, ddf, *geometry)
         pages.append(report.report_pair(folder, case_rows, {"fixed": fixed, **warped}, ddf, trained.voxel_size))
@@ -86,6 +87,7 @@ def find_test_pairs(config, trained):
     """One new pair; or those of test_dir; or else the held-out fold, or the example's test patients."""
     if config.moving:
         name = f"{helpers.case_name(config.moving)}_to_{helpers.case_name(config.fixed)}"
+        files.check_path(Path(config.output_dir) / name)
         return [helpers.Pair(name, name, Path(config.moving), Path(config.fixed))]
     if config.test_dir:
         return helpers.find_pairs(config.test_dir, labels="optional")
@@ -139,14 +141,25 @@ def predict_augmented(network, moving_image, fixed_image, affine):
 
 def warp_volume(moving, displacement, fixed_affine):
     """The moving Volume on the fixed image's grid. Beyond its own border the image is as dark as it ever is."""
-    image = utils.warp_to_fixed(moving.image, moving.affine, displacement, fixed_affine, outside=moving.image.min())
-    labels = moving.labels
-    if labels is not None:
-        labels = utils.warp_to_fixed(labels, moving.affine, displacement, fixed_affine)
+    place = moving.affine, displacement, fixed_affine
+    image = utils.warp_to_fixed(moving.image, *place, outside=moving.image.min())
+    labels = None if moving.labels is None else utils.warp_to_fixed(moving.labels, *place)
     return helpers.Volume(image, fixed_affine, labels=labels)
 
 
-def write_volumes(folder, moving, fixed, warped, displacement, ddf, geometry):
+def labels_to_store(moving, warped, displacement):
+    """The warped labels (X, Y, Z, L), each voxel in or out, or None.
+
+    Those of a map are taken from the nearest voxel, so that no gap opens between two labels.
+    """
+    if not moving.is_map:
+        return None if warped.labels is None else warped.labels >= 0.5
+    numbers = np.arange(1, moving.labels.shape[-1] + 1, dtype=np.float32)
+    label_map = utils.warp_to_fixed(moving.labels @ numbers, moving.affine, displacement, warped.affine, order=0)
+    return label_map[..., None] == numbers
+
+
+def write_volumes(folder, moving, fixed, warped_image, labels, displacement, ddf, geometry):
     """The warped image and labels, the displacement, and its inverse on the moving image's grid."""
     fixed_grid, moving_grid, offset = geometry
     inverse_ddf, first = utils.invert_ddf(ddf, offset)
@@ -155,19 +168,16 @@ def write_volumes(folder, moving, fixed, warped, displacement, ddf, geometry):
         moving.image.shape, moving.affine, inverse_ddf, inverse_grid, fixed_grid, first - offset
     )
     outputs = [
-        (files.write_nifti, "warped_image.nii.gz", warped.image, fixed.affine),
-        (helpers.write_displacement, "displacement.nii.gz", displacement, fixed.affine),
-        (helpers.write_displacement, "displacement_inverse.nii.gz", inverse, moving.affine),
+        (files.write_nifti, "warped_image.nii.gz", warped_image, fixed.affine),
+        (files.write_displacement, "displacement.nii.gz", displacement, fixed.affine),
+        (files.write_displacement, "displacement_inverse.nii.gz", inverse, moving.affine),
     ]
+    if labels is not None:
+        as_map = labels @ np.arange(1, labels.shape[-1] + 1) if moving.is_map else np.squeeze(labels)
+        outputs.append((files.write_nifti, "warped_labels.nii.gz", as_map.astype(np.uint8), fixed.affine))
+    (folder / "warped_labels.nii.gz").unlink(missing_ok=True)  # an earlier run may have had labels
     with ThreadPoolExecutor() as threads:  # compression takes longest
         list(threads.map(lambda file: file[0](folder / file[1], *file[2:]), outputs))
-    (folder / "warped_labels.nii.gz").unlink(missing_ok=True)  # an earlier run may have had labels
-    if warped.labels is not None:
-        labels = np.squeeze(warped.labels >= 0.5, axis=-1) if warped.labels.shape[-1] == 1 else warped.labels >= 0.5
-        if moving.is_map:  # back to a map, by the nearest voxel, so that no gap opens between two labels
-            label_map = moving.labels @ np.arange(1, moving.labels.shape[-1] + 1, dtype=np.float32)
-            labels = utils.warp_to_fixed(label_map, moving.affine, displacement, fixed.affine, order=0)
-        files.write_nifti(folder / "warped_labels.nii.gz", labels.astype(np.uint8), fixed.affine)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What computes: one processor, all GPUs of this machine, or the machines that TF_CONFIG names.
 
 Import this before TensorFlow. On some processors (seen on one with AVX2 but without AVX-512) TensorFlow leaves oneDNN's
-3D convolutions off, which are many times faster than its own. README, "Several devices or machines".
+3D convolutions off, which are many times faster than its own. docs/devices.md.
 """
 
 import json

@@ -4,8 +4,10 @@ World coordinates are NIfTI's: RAS, mm.
 """
 
 import contextlib
+import functools
 import logging
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -17,6 +19,26 @@ from tqdm import tqdm
 from extras.errors import InputError, OutputError, expect
 
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # bad headers are named by the checks below
+LONGEST_NAME = 230  # bytes; file systems allow 255, and a name gets longer while a file is written
+
+# -- Names and warnings --------------------------------------------------------------------------------------------
+
+
+@functools.cache  # a file is read more than once
+def warn(message):
+    tqdm.write(f"warning: {message}")
+
+
+def check_path(path):
+    """Refuse a path that some library or file system cannot take: not in UTF-8, with a line break, a name too long."""
+    for name in Path(path).absolute().parts:
+        is_plain = not re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", name)
+        expect(is_plain, ascii(str(path)), f"the name {name!a}", "one in UTF-8; rename it")
+        size, claim = len(os.fsencode(name)), f"at most {LONGEST_NAME}; rename what it is made of"
+        expect(size <= LONGEST_NAME, path, f"a name of {size} bytes, {name[:20]}...", claim)
+
+
+# -- Read ----------------------------------------------------------------------------------------------------------
 
 
 def read_nifti(path):
@@ -28,7 +50,9 @@ def read_nifti(path):
         kind = image.get_data_dtype()
         expect(kind.kind in "buif", path, f"voxels of type {kind}", "plain numbers")
         stored = Path(image.file_map["image"].filename)
-        packing = {".nii": 1, ".gz": 1032}.get(stored.suffix, np.inf)  # deflate packs 1032 bytes into one at most
+        packing = {".nii": 1, ".gz": 1032}.get(
+            stored.suffix.lower(), np.inf
+        )  # deflate packs 1032 bytes into one at most
         found, expected = stored.stat().st_size, np.prod(image.shape, dtype=float) * kind.itemsize
         claim = f"{expected:.0f} of voxels as its header says"
         expect(0 < expected <= found * packing, path, f"{found} bytes", claim)
@@ -36,7 +60,9 @@ def read_nifti(path):
     except InputError:
         raise
     except Exception as error:  # nibabel and zlib have many of their own
-        raise InputError(f"{path}: cannot be read ({' '.join(str(error).split())}); expected a NIfTI file") from None
+        mixed = isinstance(error, FileNotFoundError) and Path(path).is_file()
+        reason = "an ending in mixed case" if mixed else " ".join(str(error).split())
+        raise InputError(f"{path}: cannot be read ({reason}); expected a NIfTI file, .nii or .nii.gz") from None
     affine = np.array(image.affine, float)
     spacing, matrix = np.linalg.norm(affine[:3, :3], axis=0), f"a header matrix {affine[:3].tolist()}"
     is_size = np.isfinite(affine).all() and ((spacing > 1e-3) & (spacing < 1e3)).all()
@@ -46,6 +72,13 @@ def read_nifti(path):
     bad = np.sum(~np.isfinite(data))
     expect(bad == 0, path, f"{bad} NaN or infinite voxels", "none")
     return data[..., 0] if data.shape[3:] == (1,) else data, affine
+
+
+def read_displacement(path):
+    """Inverse of write_displacement: (X, Y, Z, 3) mm, RAS, and voxel-to-world matrix."""
+    data, affine = read_nifti(path)
+    expect(data.shape[3:] == (1, 3), path, f"shape {data.shape}", "a displacement field (X, Y, Z, 1, 3)")
+    return data[:, :, :, 0, :] * np.array([-1, -1, 1], np.float32), affine
 
 
 def affines_match(one, other, shape):
@@ -69,7 +102,22 @@ def warn_of_frame(path):
         axes = forms[0][:3, :3] / np.linalg.norm(forms[0][:3, :3], axis=0)
         found = "a sheared frame" if np.abs(axes.T @ axes - np.eye(3)).max() > 2e-4 else ""
     if found:
-        tqdm.write(f"warning: {path}: found {found} in its header (sform, qform), expected one; ITK may read another")
+        warn(f"{path}: found {found} in its header (sform, qform), expected one; ITK may read another")
+
+
+def warn_of_spacing(path):
+    """A tool that changes the voxel size may change it in one of the two places of a header alone."""
+    image = nib.load(path)
+    used, pixdim = (
+        np.round(sizes, 4) for sizes in (nib.affines.voxel_sizes(image.affine), image.header["pixdim"][1:4])
+    )
+    sform = np.round(nib.affines.voxel_sizes(image.header.get_sform()), 4)
+    if sform.any() and not np.allclose(sform, pixdim, rtol=0.01):
+        found, here = f"voxels of {sform} mm by its sform, {pixdim} by its pixdim", f"{used} is used here"
+        warn(f"{path}: found {found}, expected the same; {here}, ITK takes pixdim")
+
+
+# -- Write ---------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -104,6 +152,15 @@ def write_nifti(path, data, affine, intent="none"):
     image.set_qform(affine, code=1)
     with atomic_write(path) as temporary:
         nib.save(image, temporary)
+
+
+def write_displacement(path, displacement, affine):
+    """Displacement (X, Y, Z, 3) in mm RAS as the vector image that ITK, ANTs, SimpleITK and 3D Slicer read.
+
+    That is NIfTI of shape (X, Y, Z, 1, 3), intent 1007 (vector), components in LPS.
+    """
+    lps = displacement * np.array([-1, -1, 1], np.float32)
+    write_nifti(path, lps[:, :, :, None, :].astype(np.float32), affine, intent="vector")
 
 
 def write_csv(path, table):

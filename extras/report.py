@@ -5,6 +5,7 @@ README, "Reading the metrics".
 
 import base64
 import html
+import io
 from itertools import product
 
 import matplotlib
@@ -17,17 +18,19 @@ import pandas as pd
 import tensorflow as tf
 from matplotlib.collections import LineCollection
 from matplotlib.colors import LogNorm, to_rgb
+from PIL import Image
 from scipy import ndimage
 from tqdm import tqdm
 
 from extras.errors import InputError, expect
-from extras.files import atomic_write, ensure_writable_dir, write_csv, write_text
+from extras.files import atomic_write, ensure_writable_dir, warn, write_csv, write_text
 from utils import (
     dice_score,
     displacement_on,
     hausdorff_95,
     jacobian_determinant,
     target_registration_error,
+    voxel_to_world,
     warp_to_fixed,
 )
 
@@ -40,10 +43,18 @@ MEASURES = {  # columns of metrics.csv, before and after registration -> title, 
     "hd95_{}_mm": ("gland HD95, mm", "gland"),
     "tre_{}_mm": ("landmark TRE, mm", "landmarks"),
     "rms_tre_{}_mm": ("RMS TRE of a pair, mm", "gland"),  # stands in the gland's row, the first of each pair
-    "true_error_{}_mm": ("true error in the gland, mm", "gland"),
+    "true_error_{}_mm": ("true error in the gland, mm", "gland"),  # mean over its voxels
 }
 TIMES = "before", "after"
-COLUMNS = ["case", "label", *(name.format(when) for name in MEASURES for when in TIMES), "folded_percent"]
+BEST = ["true_error_best_shift_mm", "true_error_best_affine_mm"]  # what these two would leave of the true displacement
+COLUMNS = [
+    "case",
+    "label",
+    *(name.format(when) for name in MEASURES for when in TIMES),
+    "folded_percent",
+    "lost",
+    *BEST,
+]
 
 
 def claim_folders(output_dir, pairs):
@@ -71,7 +82,8 @@ def clear_tables(folder):
 def read_metrics(path):
     """A metrics.csv as a DataFrame, checked."""
     try:
-        table = pd.read_csv(path, dtype={"case": str})[COLUMNS]
+        table = pd.read_csv(path, dtype={"case": str})
+        table = table[[name for name in COLUMNS if name in table or "true" not in name]].reindex(columns=COLUMNS)
         expect(len(table) and table["case"].notna().all(), path, "no rows with a case", "a row for each label")
         summarise(table)  # which raises what it misses
         return table
@@ -80,8 +92,11 @@ def read_metrics(path):
         raise InputError(f"{path}: cannot be read ({reason}); expected the metrics.csv of inference.py") from None
 
 
-def measure_pair(case, fixed, warped, fields, geometry):
-    """Rows of metrics.csv, one for each label. warped: Volumes, and fields: DDFs, "before" and "after"."""
+def measure_pair(case, moving, fixed, warped, fields, geometry, stored_labels):
+    """Rows of metrics.csv, one for each label. warped: Volumes, and fields: DDFs, "before" and "after".
+
+    stored_labels: as in warped_labels.nii.gz; a label without a voxel in them is lost, and a warning says why.
+    """
     spacing = np.linalg.norm(fixed.affine[:3, :3], axis=0)
     rows = [{"case": case, "label": k} for k in range(0 if fixed.labels is None else fixed.labels.shape[-1])]
     for row, (when, volume) in product(rows, warped.items()):
@@ -90,27 +105,47 @@ def measure_pair(case, fixed, warped, fields, geometry):
         row[f"tre_{when}_mm"] = target_registration_error(ours, theirs, fixed.affine)
         if row["label"] == 0:
             row[f"hd95_{when}_mm"] = hausdorff_95(ours >= 0.5, theirs >= 0.5, spacing)
-            if fixed.truth:
-                row[f"true_error_{when}_mm"] = true_error(fixed, fields[when], geometry)
+    for row in rows:
+        if not stored_labels[..., row["label"]].any():
+            row["lost"] = why_lost(moving, fixed, row["label"], fields["after"], geometry)
+            warn(f"{case}: label {row['label']} is not in warped_labels.nii.gz: {row['lost']}")
     first, *landmarks = rows or [{"case": case}]
     for when in warped if landmarks else ():
         first[f"rms_tre_{when}_mm"] = pd.Series([row[f"tre_{when}_mm"] for row in landmarks]).pow(2).mean() ** 0.5
     first["folded_percent"] = 100 * np.mean(jacobian_determinant(fields["after"]) <= 0)
+    if fixed.truth and rows:
+        first |= true_errors(fixed, fields, geometry)
     return [first, *landmarks]
 
 
-def true_error(fixed, field, geometry):
-    """Mean error in mm of a DDF over the gland's voxels, against the true displacement."""
+def why_lost(moving, fixed, label, ddf, geometry):
+    """The reason for which no voxel of the fixed image shows a moving label."""
+    place = nib.affines.apply_affine(moving.affine, ndimage.center_of_mass(moving.labels[..., label]))
+    shape, affine = fixed.image.shape, fixed.affine
+    shown = voxel_to_world(shape, affine) + displacement_on(shape, affine, ddf, *geometry)
+    is_near = np.linalg.norm(shown - place, axis=-1).min() < np.linalg.norm(nib.affines.voxel_sizes(affine))
+    return "too small for the fixed image's grid" if is_near else "outside the fixed image"
+
+
+def true_errors(fixed, fields, geometry):
+    """Mean distance in mm from the true displacement over the gland's voxels: of the two DDFs, of the best shift and of
+    the best affine."""
     truth, affine = fixed.truth
     gland = warp_to_fixed(fixed.labels[..., 0], fixed.affine, np.zeros_like(truth), affine) >= 0.5
-    error = displacement_on(truth.shape[:3], affine, field, *geometry) - truth
-    return np.linalg.norm(error[gland], axis=-1).mean()
+    errors = {
+        f"true_error_{when}_mm": (displacement_on(truth.shape[:3], affine, field, *geometry) - truth)[gland]
+        for when, field in fields.items()
+    }
+    before, ones = errors["true_error_before_mm"], np.ones((gland.sum(), 1))
+    for name, terms in zip(BEST, (ones, np.hstack([ones, np.argwhere(gland)])), strict=True):
+        errors[name] = before - terms @ np.linalg.lstsq(terms, before, rcond=None)[0]
+    return {name: np.linalg.norm(error, axis=-1).mean() for name, error in errors.items()}
 
 
 def save_metrics(folder, table):
     """Write metrics.csv, summary.txt and boxplot.png of a DataFrame of metrics; returns the summary."""
     text = summarise(table)
-    write_csv(folder / "metrics.csv", table)
+    write_csv(folder / "metrics.csv", table.drop(columns=[c for c in table if "true" in c and table[c].isna().all()]))
     write_text(folder / "summary.txt", text)
     if measured(table):
         plot_boxes(folder / "boxplot.png", measured(table))
@@ -120,7 +155,7 @@ def save_metrics(folder, table):
 def measured(table):
     """title -> DataFrame "before", "after". TRE has a row for each landmark, the others have one for each pair.
 
-    A landmark that was warped out of the field of view has the value NaN.
+    A landmark that was warped out of the fixed image has the value NaN.
     """
     counted = {"gland": table[~(table["label"] > 0)], "landmarks": table[table["label"] > 0]}
     result = {}
@@ -133,20 +168,22 @@ def measured(table):
 
 def summarise(table):
     """Median [quartiles] and worst of each measure, before and after, as text."""
+
+    def cell(values, worst):
+        low, middle, high = values.quantile([0.25, 0.5, 0.75])
+        return f"{middle:.2f} [{low:.2f} {high:.2f}] {worst(values):.2f}"
+
     lines = [f"{table['case'].nunique()} pairs: median [quartiles] worst{'before':>15}{'after':>29}"]
     for title, values in measured(table).items():
-        worst = values.min() if "Dice" in title else values.max()
-        low, middle, high = (values.quantile(q) for q in (0.25, 0.5, 0.75))
-        cells = [f"{middle[when]:.2f} [{low[when]:.2f} {high[when]:.2f}] {worst[when]:.2f}" for when in TIMES]
-        lines.append(f"{title:<30}{cells[0]:>29}{cells[1]:>29}")
-    landmarks, glands = table[table["label"] > 0], table[table["label"] == 0]
-    lost = landmarks[landmarks["tre_after_mm"].isna()]
-    if len(landmarks):
-        lines.append(f"landmarks warped out of the field of view, in no TRE: {len(lost)} of {len(landmarks)}")
-        lines += [f"  {row.case}, label {row.label:.0f}" for row in lost.itertuples()]
-    gone = glands[glands["hd95_after_mm"].isna()]
-    if len(gone):
-        lines.append(f"glands warped out of the field of view, in no HD95: {', '.join(gone['case'])}")
+        worst = pd.Series.min if "Dice" in title else pd.Series.max
+        lines.append(f"{title:<30}{cell(values['before'], worst):>29}{cell(values['after'], worst):>29}")
+    for name, title in zip(BEST, ("  of the best possible shift", "  of the best possible affine"), strict=True):
+        if table[name].notna().any():
+            lines.append(f"{title:<30}{cell(table[name].astype(float), pd.Series.max):>58}")
+    lost = table[table["lost"].notna()]
+    if table["label"].notna().any():
+        lines.append(f"labels that are not in warped_labels.nii.gz: {len(lost)} of {table['label'].notna().sum()}")
+    lines += [f"  {row.case}, label {row.label:.0f}: {row.lost}" for row in lost.itertuples()]
     folded = table["folded_percent"]
     lines.append(f"voxels folded: {folded.mean():.4f} % on average, {folded.max():.4f} % at worst")
     return "\n".join(lines) + "\n"
@@ -286,50 +323,46 @@ def intensity_limits(volume):
 def viewer(volumes):
     """A part of a page: axial slices of the fixed image and of the moving one before and after, under one slider.
 
-    volumes: as of `plot_overview`. Shown at no more than 72 voxels along the longest side, in 64 grey levels.
+    volumes: as of `plot_overview`. One tall picture holds all slices; the slider moves it behind a window of one slice.
     """
-    import plotly.express as px
-
     spacing, images, labels = canonical(volumes)
     shape = np.array(images["fixed"].shape)
-    factor = spacing / max(spacing.min(), (spacing * shape).max() / 72)
+    factor = spacing / max(spacing.min(), (spacing * shape).max() / 120)  # cubes, at most 120 along the longest side
     factor = np.maximum(factor, 2 / shape)  # a slider wants two slices
     in_plane = ndimage.generate_binary_structure(3, 1)[:, :, 1:2]
     panels = []
     for kind, image in images.items():
-        small = ndimage.zoom(image, factor, order=1)
-        low, high = intensity_limits(small)
-        grey = 4 * np.clip((small - low) / (high - low) * 63, 0, 63).astype(np.uint8)
-        panel = np.repeat(grey[..., None], 3, axis=-1)
-        for shown in dict.fromkeys(("fixed", kind)):
-            for label in np.moveaxis(labels[shown], -1, 0) if labels else ():
-                inside = ndimage.zoom(label, factor, order=1) > 0.5
-                colour = to_rgb(GREEN if shown == "fixed" else ORANGE)
-                panel[inside & ~ndimage.binary_erosion(inside, in_plane)] = np.round(255 * np.array(colour))
-        panels.append(np.moveaxis(panel, (2, 1, 0), (0, 1, 2)))  # slice, row, column, colour
-    layout = {"facet_col": 0, "animation_frame": 1, "facet_col_spacing": 0.01, "origin": "lower", "height": 540}
-    figure = px.imshow(np.stack(panels), **layout)
-    for note, name in zip(figure.layout.annotations, ("fixed", "moving, before", "moving, warped"), strict=True):
-        note.text = name
-    figure.update_xaxes(visible=False).update_yaxes(visible=False)
-    figure.update_layout(margin={"l": 0, "r": 0, "t": 30, "b": 90}, updatemenus=[])  # the slider is enough
-    slider = figure.layout.sliders[0]
-    slider.active, slider.currentvalue.prefix = len(figure.frames) // 2, "axial slice "
-    for trace, middle in zip(figure.data, figure.frames[slider.active].data, strict=True):
-        trace.update(middle)
-    return figure.to_html(full_html=False, include_plotlyjs=False, auto_play=False, config={"displaylogo": False})
+        cubes = ndimage.zoom(image, factor, order=1, grid_mode=True, mode="nearest")
+        low, high = intensity_limits(cubes)
+        panel = np.repeat((np.clip((cubes - low) / (high - low), 0, 1) * 255).astype(np.uint8)[..., None], 3, axis=-1)
+        for shown in dict.fromkeys(("fixed", kind)) if labels else ():
+            colour = np.round(255 * np.array(to_rgb(GREEN if shown == "fixed" else ORANGE)))
+            for label in np.moveaxis(labels[shown], -1, 0):
+                inside = ndimage.zoom(label, factor, order=1, grid_mode=True, mode="nearest") > 0.5
+                panel[inside & ~ndimage.binary_erosion(inside, in_plane)] = colour
+        panels.append(np.moveaxis(panel, (2, 1), (0, 1))[:, ::-1])  # slice, row from the top, column, colour
+    slices, height, width, _ = (tall := np.concatenate(panels, axis=2)).shape
+    Image.fromarray(tall.reshape(-1, width, 3)).save(picture := io.BytesIO(), "JPEG", quality=85, subsampling=0)
+    middle = f"0 {100 * (slices // 2) / (slices - 1)}%"
+    window = f"aspect-ratio: {width} / {height}; object-fit: cover; object-position: {middle}"
+    move = "this.nextElementSibling.style.objectPosition = `0 ${100 * this.value / this.max}%`"
+    return (
+        "<p>axial slices: fixed image; moving image before; moving image warped</p>"
+        f'<input type="range" min="0" max="{slices - 1}" value="{slices // 2}" oninput="{move}">'
+        + embedded(picture.getvalue(), f'alt="slices" style="{window}"')
+    )
 
 
-def embedded(path):
-    """A PNG file as a part of a page."""
-    return f'<img alt="{path.stem}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
+def embedded(picture, attributes=""):
+    """The bytes of a picture as a part of a page."""
+    return f'<img {attributes} src="data:image;base64,{base64.b64encode(picture).decode()}">'
 
 
 def report_pair(folder, rows, volumes, ddf, voxel_size):
     """Draw overview.png of a pair; returns its part of the page. Arguments as of `plot_overview`."""
     plot_overview(folder / "overview.png", folder.name, volumes, ddf, voxel_size)
     heading = html.escape(summarise_pair(folder.name, pd.DataFrame(rows, columns=COLUMNS)))
-    return f"<h2>{heading}</h2>{embedded(folder / 'overview.png')}{viewer(volumes)}"
+    return f"<h2>{heading}</h2>{embedded((folder / 'overview.png').read_bytes())}{viewer(volumes)}"
 
 
 def write_report(folder, rows, parts):
@@ -337,15 +370,13 @@ def write_report(folder, rows, parts):
 
     rows: dictionaries with keys of COLUMNS; parts: what `report_pair` returned for each pair.
     """
-    from plotly.offline import get_plotlyjs
-
     summary, title = save_metrics(folder, pd.DataFrame(rows, columns=COLUMNS)), html.escape(f"Registration: {folder}")
     page = [
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>',
         '<link rel="icon" href="data:,"><style>body { font-family: sans-serif; max-width: 75em; margin: 2em auto }',
-        f"img {{ max-width: 100% }}</style><script>{get_plotlyjs()}</script></head><body>",
+        "img, input { width: 100% }</style></head><body>",
         f"<h1>{title}</h1><pre>{html.escape(summary)}</pre>",
-        *map(embedded, folder.glob("boxplot.png")),  # none without labels
+        *(embedded(path.read_bytes()) for path in folder.glob("boxplot.png")),  # none without labels
         *parts,
         "</body></html>\n",
     ]

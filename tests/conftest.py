@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from extras import files
 from extras.errors import run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,6 +39,12 @@ def example(tmp_path_factory):
 def folders(example):
     """The words that name it to train.py."""
     return [f"--{name}_dir={example / name}" for name in ("train", "valid")]
+
+
+@pytest.fixture(autouse=True)
+def warn_again():
+    """A warning is printed once in a process, and here once in a test."""
+    files.warn.cache_clear()
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ def case(name, dice, tre):
     gland |= {"rms_tre_before_mm": 10.0, "rms_tre_after_mm": pd.Series(tre).pow(2).mean() ** 0.5}
     landmarks = [
         {"case": name, "label": k, "dice_before": 0.0, "dice_after": 0.1, "tre_before_mm": 10.0, "tre_after_mm": value}
+        | ({"lost": "outside the fixed image"} if np.isnan(value) else {})
         for k, value in enumerate(tre, start=1)
     ]
     return pd.DataFrame([gland, *landmarks], columns=report.COLUMNS)
@@ -32,17 +33,17 @@ def test_each_measure_counts_what_it_should():
 def test_a_lost_landmark_is_counted_and_in_no_tre():
     table = pd.concat([case("a", 0.8, [3.0, np.nan]), case("b", 0.9, [5.0])])
     text = report.summarise(table)
-    assert "in no TRE: 1 of 3\n  a, label 2\n" in text
+    assert "not in warped_labels.nii.gz: 1 of 5\n  a, label 2: outside the fixed image\n" in text
     assert "4.00 [3.50 4.50] 5.00" in text and "0.85 [0.83 0.88] 0.80" in text  # median [quartiles] and worst
     assert "TRE, mm 10.00 → 3.00" in report.summarise_pair("a", table[table["case"] == "a"])
 
 
 def test_a_pair_that_lost_all_is_counted_without_a_warning():
-    lost = case("b", 0.0, [np.nan]).assign(hd95_after_mm=np.nan)
+    lost = case("b", 0.0, [np.nan]).assign(hd95_after_mm=np.nan, lost="outside the fixed image")
     with warnings.catch_warnings(action="error"):
         text = report.summarise(pd.concat([case("a", 0.8, [3.0, 5.0]), lost]))
         assert "landmark TRE, mm 10.00 → nan" in report.summarise_pair("b", lost)
-    assert "in no HD95: b\n" in text and "in no TRE: 1 of 3\n  b, label 1\n" in text
+    assert "2 of 5\n  b, label 0: outside the fixed image\n  b, label 1: outside the fixed image\n" in text
     assert "3.00 [3.00 3.00] 3.00" in text and "4.00 [3.50 4.50] 5.00" in text
 
 

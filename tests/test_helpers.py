@@ -2,7 +2,6 @@
 
 import contextlib
 
-import group_patients
 import nibabel as nib
 import numpy as np
 import pytest
@@ -68,7 +67,7 @@ def test_simpleitk_applies_our_displacement_file_and_gets_our_warped_image(name,
     warped = utils.warp_to_fixed(moving, moving_affine, displacement, fixed_affine)
     files.write_nifti(tmp_path / "moving.nii.gz", moving, moving_affine)
     files.write_nifti(tmp_path / "warped.nii.gz", warped, fixed_affine)
-    helpers.write_displacement(tmp_path / "displacement.nii.gz", displacement, fixed_affine)
+    files.write_displacement(tmp_path / "displacement.nii.gz", displacement, fixed_affine)
 
     field = sitk.ReadImage(str(tmp_path / "displacement.nii.gz"), sitk.sitkVectorFloat64)
     assert field.GetNumberOfComponentsPerPixel() == 3 and field.GetDimension() == 3
@@ -85,7 +84,7 @@ def test_simpleitk_applies_our_displacement_file_and_gets_our_warped_image(name,
     # At the outermost half voxel the two programs may disagree on what is still inside: not more than a few voxels.
     assert np.mean(difference > 1e-3 * np.ptp(moving)) < 1e-3
 
-    back, affine = helpers.read_displacement(tmp_path / "displacement.nii.gz")
+    back, affine = files.read_displacement(tmp_path / "displacement.nii.gz")
     np.testing.assert_allclose(back, displacement, atol=1e-4)
     np.testing.assert_allclose(affine, fixed_affine, atol=1e-4)
 
@@ -295,31 +294,6 @@ def test_patients_csv_is_read(tmp_path):
         helpers.find_pairs(tmp_path)
 
 
-def test_cases_of_one_patient_are_grouped_by_their_mr(tmp_path, rng, monkeypatch):
-    volumes = [smooth_volume(rng, (12, 12, 12)) for _ in range(2)]
-    volumes = {
-        "a": volumes[0],
-        "b": volumes[1],
-        "c": 3 * volumes[0] + rng.normal(0, 0.1, (12, 12, 12)),
-        "d": volumes[1],
-    }
-    for folder in helpers.FOLDERS:
-        (tmp_path / folder).mkdir()
-        for case, volume in volumes.items():
-            nib.Nifti1Image(volume, np.eye(4)).to_filename(tmp_path / folder / f"{case}.nii.gz")
-    monkeypatch.setattr("sys.argv", ["group_patients.py", str(tmp_path)])
-    group_patients.main()
-    patients = {"a": "patient00", "b": "patient01", "c": "patient00", "d": "patient01"}
-    assert helpers.read_patients(tmp_path / "patients.csv") == patients
-    with pytest.raises(InputError, match=r"patients\.csv: is there already"):  # it may be the user's own
-        group_patients.main()
-    (tmp_path / "patients.csv").unlink()
-    nib.Nifti1Image(volumes["b"][1:], np.eye(4)).to_filename(tmp_path / "moving_images" / "d.nii.gz")
-    with pytest.raises(InputError, match=r"d\.nii\.gz: found 1584 voxels, expected 1728"):
-        group_patients.main()
-    assert not (tmp_path / "patients.csv").exists()
-
-
 @pytest.fixture(scope="module")
 def prepared(example):
     return helpers.PreparedPairs(helpers.find_pairs(example / "train"), "centre", (36, 36, 32), (24, 32, 22), 3.0)
@@ -446,6 +420,7 @@ def test_a_header_that_itk_reads_otherwise_is_named(tmp_path, capsys):
     image.header.set_qform(sform, 1)
     image.header["quatern_b"] = image.header["quatern_c"] = 0.70711  # rounded: a little more than 1 together
     nib.save(image, path)
+    files.warn.cache_clear()
     files.warn_of_frame(path)
     assert "two frames" in capsys.readouterr().out
     turn = np.eye(4)
@@ -454,6 +429,7 @@ def test_a_header_that_itk_reads_otherwise_is_named(tmp_path, capsys):
     image.set_sform(np.diag([0.4, 0.4, 0.4, 1]), 1)
     image.set_qform(turn @ np.diag([0.4, 0.4, 0.4, 1]), 1)  # 1.6 mm apart at the far end
     nib.save(image, path)
+    files.warn.cache_clear()
     files.warn_of_frame(path)
     assert "two frames" in capsys.readouterr().out
 

@@ -5,13 +5,15 @@ import re
 import shlex
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 import config
 from config import InferenceConfig, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = "\n".join(page.read_text() for page in PAGES)
 SOURCES = [path for folder in (".", "extras", "data", "media") for path in sorted((ROOT / folder).glob("*.py"))]
 COMMANDS = [
     line.strip()
@@ -23,16 +25,15 @@ COMMANDS = [
 
 def test_headings_that_the_code_names_exist():
     headings = set(re.findall(r"^#+ (.*)$", README, re.MULTILINE))
-    named = {name for path in SOURCES for name in re.findall(r'README, "([^"]+)"', path.read_text())}
+    named = {name for path in SOURCES for name in re.findall(r'(?:README|docs/\w+.md), "([^"]+)"', path.read_text())}
     named |= {name for path in SOURCES for name in re.findall(r'README, "[^"]+" and "([^"]+)"', path.read_text())}
     assert named and named <= headings, named - headings
 
 
 def test_links_pictures_and_anchors_exist():
-    for page in (ROOT / "README.md",):
+    for page in PAGES:
         links = re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text())
         local = [(page.parent / target if target else page, anchor) for target, anchor in links if "://" not in target]
-        assert local
         for file, anchor in local:
             assert file.exists(), file
             if anchor:
@@ -53,7 +54,15 @@ def test_figures_of_the_results_table_stand_in_the_file_that_the_command_wrote()
     numbers = set(re.findall(r"[\d.]+", (ROOT / "media" / "example_summary.txt").read_text()))
     rows = [line for line in README.splitlines() if line.startswith("| the first one above")]
     figures = re.findall(r"(?<![\w.])\d+\.\d+(?!\w)", " | ".join(rows[0].split("|")[4:]))
-    assert len(rows) == 1 and len(figures) == 4 and set(figures) <= numbers, set(figures) - numbers
+    assert len(rows) == 1 and len(figures) == 8 and set(figures) <= numbers, set(figures) - numbers
+
+
+def test_the_table_of_the_ablation_is_the_one_that_the_command_wrote():
+    table = pd.read_csv(ROOT / "media" / "ablation.csv")
+    columns = ["true error in the gland, mm", "gland Dice", "landmark TRE, mm"]
+    for row in table.to_dict("records"):
+        cells = [row["network taught with"], *(f"{row[name]:.2f}" for name in columns)]
+        assert f"| {' | '.join(cells)} |" in README, cells
 
 
 def test_functions_and_settings_that_the_readme_names_exist():

@@ -16,7 +16,6 @@ from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
-from selenium.webdriver.support.ui import WebDriverWait
 
 from extras import report
 from helpers import Volume
@@ -63,27 +62,35 @@ def page(volumes, tmp_path_factory):
     return folder / "report.html"
 
 
+def slices_of(part, count):
+    """The picture of a viewer, cut into its slices (count, height, 3, width, RGB)."""
+    (encoded,) = re.findall(r'src="data:image;base64,([^"]+)"', part)
+    tall = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))), float)
+    assert f'max="{count - 1}"' in part and f"aspect-ratio: {tall.shape[1]} / {len(tall) // count};" in part
+    return tall.reshape(count, len(tall) // count, 3, -1, 3)
+
+
 def test_the_viewer_shows_each_slice_of_each_volume_with_its_outlines(volumes):
     slices = 12 * 3 // 2  # drawn as cubes of 2 mm
     for has_labels, shown_volumes in ((True, volumes), (False, without_labels(volumes))):
-        part = report.viewer(shown_volumes)
-        sources = re.findall(r'"source":"data:image\\u002fpng;base64,([^"]+)"', part)
-        assert len(sources) == 3 * (slices + 1)  # the first three show the middle
-        shown = [Image.open(io.BytesIO(base64.b64decode(text.replace("\\u002f", "/")))) for text in sources]
-        assert {image.size for image in shown} == {(30, 26)}
-        colours = [{tuple(colour) for _, colour in image.convert("RGB").getcolors()} for image in shown[:3]]
-        green, orange = (tuple(round(255 * c) for c in to_rgb(name)) for name in (report.GREEN, report.ORANGE))
-        assert [green in c for c in colours] == [has_labels, has_labels, False]  # hidden beneath a perfect result
-        assert [orange in c for c in colours] == [False, has_labels, has_labels]
+        pictures = slices_of(report.viewer(shown_volumes), slices)
+        assert pictures.shape[1:4] == (26, 3, 30)
+        middle, colours = pictures[slices // 2], [to_rgb(name) for name in (report.GREEN, report.ORANGE)]
+        green, orange = (np.abs(middle - 255 * np.array(c)).max(axis=-1).min(axis=(0, 2)) < 40 for c in colours)
+        assert list(green) == [has_labels, has_labels, False]  # hidden beneath a perfect result
+        assert list(orange) == [False, has_labels, has_labels]
+        background = pictures[:, 0, 0, 0, 0]
+        assert (np.diff(background)[2:-2] > 0).all()  # from the lowest slice, which is darkest here, upwards
+        rows, columns = np.nonzero(middle[:, 1, :, 0] > 220)
+        assert has_labels or (abs(columns.mean() - 20) < 1 and abs(25 - rows.mean() - 13) < 1)  # anterior is up
 
 
-def test_thin_volumes_have_a_slider_too():
-    for shape, spacing in (((200, 200, 3), 1.0), ((200, 150, 2), 0.5)):
-        image = ball(shape, (100, 80, 1), 20)
+def test_volumes_thin_or_large_have_a_slider_too():
+    for shape, spacing, shown in (((200, 200, 3), 1.0, 2), ((200, 150, 2), 0.5, 2), ((60, 50, 400), 0.6, 120)):
+        image = ball(shape, np.array(shape) / 2, 20)
         label = (image > 0.5)[..., None].astype(np.float32)
         volume = Volume(image, np.diag([spacing] * 3 + [1]), labels=label)
-        part = report.viewer(dict.fromkeys(("fixed", "before", "after"), volume))
-        assert len(re.findall(r'"source":"data:image', part)) == 3 * (2 + 1)
+        slices_of(report.viewer(dict.fromkeys(("fixed", "before", "after"), volume)), shown)
 
 
 def test_a_picture_shows_folding_and_needs_no_labels(volumes, tmp_path):
@@ -117,22 +124,15 @@ def test_the_page_works_in_a_browser_and_fetches_nothing(page):
         headings = [h.text.split(";")[0] for h in browser.find_elements(By.TAG_NAME, "h2")]
         assert headings == ["case0 & more", "case1 & more"]
         loaded = browser.execute_script("return [...document.images].map(i => i.complete && i.naturalWidth > 0)")
-        assert loaded == [True] * 3
-        viewers = browser.find_elements(By.CLASS_NAME, "plotly-graph-div")
-        assert len(viewers) == 2
-
-        def slices():
-            return [image.get_attribute("href") for image in viewers[1].find_elements(By.CSS_SELECTOR, ".im image")]
-
-        WebDriverWait(browser, 30).until(lambda _: len(slices()) == 3 and all(slices()))
-        before = slices()
-        assert all(source.startswith("data:image") for source in before) and len(set(before)) == 3
-        size = viewers[1].find_element(By.CSS_SELECTOR, ".im image").size
-        assert size["width"] / size["height"] == pytest.approx(30 / 26, rel=0.05)  # in mm, as in the header
-        rail = viewers[1].find_element(By.CSS_SELECTOR, ".slider-rail-touch-rect")
-        browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", rail)
-        ActionChains(browser).move_to_element_with_offset(rail, -rail.size["width"] // 4, 0).click().perform()
-        WebDriverWait(browser, 30).until(lambda _: all(a != b for a, b in zip(slices(), before, strict=True)))
+        assert loaded == [True] * 5
+        viewer = browser.find_elements(By.CSS_SELECTOR, "img[alt=slices]")[1]
+        slider = browser.find_elements(By.CSS_SELECTOR, "input[type=range]")[1]
+        assert viewer.size["width"] / viewer.size["height"] == pytest.approx(3 * 30 / 26, rel=0.01)  # in mm
+        browser.execute_script("arguments[0].scrollIntoView({block: 'end'})", viewer)
+        before = viewer.screenshot_as_png
+        ActionChains(browser).move_to_element_with_offset(slider, -slider.size["width"] // 4, 0).click().perform()
+        assert int(slider.get_attribute("value")) == pytest.approx(17 / 4, abs=1)
+        assert viewer.screenshot_as_png != before
 
         events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
         asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]

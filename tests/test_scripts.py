@@ -45,9 +45,9 @@ def trained(folders, tmp_path_factory):
     return folder
 
 
-def of_readme(start):
-    """README's lines of Python that begin so."""
-    return re.search(rf"```python\n({start}.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+def of_the_documentation(start):
+    """Its lines of Python that begin so."""
+    return re.search(rf"```python\n({start}.*?)```", (ROOT / "docs" / "your_data.md").read_text(), re.DOTALL)[1]
 
 
 def test_it_learns_and_does_not_fold(trained, example, tmp_path, call, monkeypatch):
@@ -65,7 +65,7 @@ def test_it_learns_and_does_not_fold(trained, example, tmp_path, call, monkeypat
     assert all(float(row["folded_percent"]) == 0 for row in glands)
 
     monkeypatch.chdir(tmp_path / "train00")
-    exec(of_readme("import nibabel"), {})
+    exec(of_the_documentation("import nibabel"), {})
     labels = nib.load("warped_labels.nii.gz").get_fdata()
     for k, label in enumerate(np.moveaxis(labels, -1, 0)):
         np.testing.assert_array_equal(nib.load(f"warped_label_{k}.nii.gz").get_fdata(), label)
@@ -108,7 +108,7 @@ def test_one_new_pair_needs_no_labels_and_itk_reads_what_is_written(trained, exa
     shutil.copy(folder / "displacement.nii.gz", tmp_path)
     monkeypatch.chdir(tmp_path)
     names = {}
-    exec(of_readme("import SimpleITK"), names)
+    exec(of_the_documentation("import SimpleITK"), names)
     by_readme = sitk.GetArrayFromImage(sitk.Cast(names["warped"], sitk.sitkFloat32))
     assert np.mean(np.abs(by_readme - sitk.GetArrayFromImage(warped)) > 1e-3 * value_range) < 1e-3
 
@@ -250,7 +250,7 @@ def test_headers_that_share_a_frame_are_the_start_on_request(trained, example, t
         words = [f"--model_dir={trained}", f"--output_dir={tmp_path / start}", f"--initial_alignment={start}"]
         status, out, err = call(inference, *words, f"--moving={tmp_path / 'mr.nii.gz'}", f"--fixed={paths['fixed']}")
         assert status == 0, err
-        means[start] = helpers.read_displacement(next((tmp_path / start).glob("*/displacement.nii.gz")))[0].mean(
+        means[start] = files.read_displacement(next((tmp_path / start).glob("*/displacement.nii.gz")))[0].mean(
             (0, 1, 2)
         )
     assert means["centre"][0] > 30 and means["header"][0] < 20  # less what the network, hardly trained, adds

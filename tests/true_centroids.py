@@ -55,7 +55,8 @@ def measure_ddf(case, moving, fixed, ddf, *geometry):
     for when, field in fields.items():
         displacement = utils.displacement_on(fixed.image.shape, fixed.affine, field, *geometry)
         warped[when] = inference.warp_volume(moving, displacement, fixed.affine)
-    return report.measure_pair(case, fixed, warped, fields, geometry)
+    stored_labels = inference.labels_to_store(moving, warped["after"], displacement)
+    return report.measure_pair(case, moving, fixed, warped, fields, geometry, stored_labels)
 
 
 if __name__ == "__main__":
