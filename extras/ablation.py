@@ -1,7 +1,7 @@
 """What each part of the method is worth, judged by the true displacement of the example data.
 
     python extras/ablation.py                 trains six networks, each as long as the default run
-    python extras/ablation.py --steps 600    flags of train.py go to all of them
+    python extras/ablation.py --steps 600     flags of train.py go to all of them
 
 The first three see fewer or more labels, the others one smoothing scale, or one half of the network, with all labels.
 All are measured on the same test patients, over the whole gland. Works in ablation/; writes media/ablation.csv.

@@ -50,9 +50,8 @@ def read_nifti(path):
         kind = image.get_data_dtype()
         expect(kind.kind in "buif", path, f"voxels of type {kind}", "plain numbers")
         stored = Path(image.file_map["image"].filename)
-        packing = {".nii": 1, ".gz": 1032}.get(
-            stored.suffix.lower(), np.inf
-        )  # deflate packs 1032 bytes into one at most
+        # Deflate packs 1032 bytes into one at most.
+        packing = {".nii": 1, ".gz": 1032}.get(stored.suffix.lower(), np.inf)
         found, expected = stored.stat().st_size, np.prod(image.shape, dtype=float) * kind.itemsize
         claim = f"{expected:.0f} of voxels as its header says"
         expect(0 < expected <= found * packing, path, f"{found} bytes", claim)
@@ -108,10 +107,8 @@ def warn_of_frame(path):
 def warn_of_spacing(path):
     """A tool that changes the voxel size may change it in one of the two places of a header alone."""
     image = nib.load(path)
-    used, pixdim = (
-        np.round(sizes, 4) for sizes in (nib.affines.voxel_sizes(image.affine), image.header["pixdim"][1:4])
-    )
-    sform = np.round(nib.affines.voxel_sizes(image.header.get_sform()), 4)
+    used, sform = (np.round(nib.affines.voxel_sizes(matrix), 4) for matrix in (image.affine, image.header.get_sform()))
+    pixdim = np.round(image.header["pixdim"][1:4], 4)
     if sform.any() and not np.allclose(sform, pixdim, rtol=0.01):
         found, here = f"voxels of {sform} mm by its sform, {pixdim} by its pixdim", f"{used} is used here"
         warn(f"{path}: found {found}, expected the same; {here}, ITK takes pixdim")

@@ -47,14 +47,8 @@ MEASURES = {  # columns of metrics.csv, before and after registration -> title, 
 }
 TIMES = "before", "after"
 BEST = ["true_error_best_shift_mm", "true_error_best_affine_mm"]  # what these two would leave of the true displacement
-COLUMNS = [
-    "case",
-    "label",
-    *(name.format(when) for name in MEASURES for when in TIMES),
-    "folded_percent",
-    "lost",
-    *BEST,
-]
+MEASURED = [name.format(when) for name in MEASURES for when in TIMES]
+COLUMNS = ["case", "label", *MEASURED, "folded_percent", "lost", *BEST]
 
 
 def claim_folders(output_dir, pairs):
@@ -128,8 +122,7 @@ def why_lost(moving, fixed, label, ddf, geometry):
 
 
 def true_errors(fixed, fields, geometry):
-    """Mean distance in mm from the true displacement over the gland's voxels: of the two DDFs, of the best shift and of
-    the best affine."""
+    """Mean distance in mm from the true displacement over the gland: of two DDFs, and of the best shift and affine."""
     truth, affine = fixed.truth
     gland = warp_to_fixed(fixed.labels[..., 0], fixed.affine, np.zeros_like(truth), affine) >= 0.5
     errors = {
@@ -374,7 +367,7 @@ def write_report(folder, rows, parts):
     page = [
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>',
         '<link rel="icon" href="data:,"><style>body { font-family: sans-serif; max-width: 75em; margin: 2em auto }',
-        "img, input { width: 100% }</style></head><body>",
+        "img, input { width: 100%; margin: 0 }</style></head><body>",
         f"<h1>{title}</h1><pre>{html.escape(summary)}</pre>",
         *(embedded(path.read_bytes()) for path in folder.glob("boxplot.png")),  # none without labels
         *parts,
