@@ -21,7 +21,7 @@ from extras.files import check_path
 EXAMPLE_DIR = Path(__file__).resolve().parent / "data" / "example"
 CONFIG_NAME = "config.json"
 Count = Annotated[int, Field(ge=1, le=10**7)]
-Size, Level = Annotated[int, Field(ge=8, le=512)], Annotated[int, Field(ge=0, le=4)]
+Size = Annotated[int, Field(ge=8, le=512)]
 Sigma = Annotated[float, Field(ge=0, lt=1000)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -42,24 +42,23 @@ class TrainConfig:
 
     # Network
     network: Literal["local", "global", "composite"] = "composite"  # DDF; affine; affine and then DDF
-    channels: Literal[2, 4, 8, 16, 32, 64] = 8  # of the first level, doubled from level to level up to 64 (paper: 32)
-    ddf_levels: tuple[Level, ...] = (1, 2, 3, 4)  # levels whose DDFs are summed, 0 finest, 4 coarsest; without 0 faster
+    channels: Literal[2, 4, 8, 16, 32, 64] = 8  # of the first convolution, doubled at each level up to 64 (paper: 32)
 
     # Loss = label similarity + regulariser_weight x regulariser
     similarity: Literal["dice", "cross-entropy", "mean-squared", "jaccard"] = "dice"  # of warped and fixed label
     similarity_scales: tuple[Sigma, ...] = (0, 1, 2, 4, 8)  # voxels, standard deviations of the label smoothing
     regulariser: Literal["bending", "gradient-l2", "gradient-l1"] = "bending"  # smoothness of the DDF
-    regulariser_weight: NotNegative = 0.5  # relative to the label similarity; larger = smoother
+    regulariser_weight: NotNegative = 1.0  # relative to the label similarity; larger = smoother
 
     # Training
-    steps: Count = 2000  # gradient steps
+    steps: Count = 3000  # gradient steps
     batch_size: Annotated[int, Field(ge=1, le=1024)] = 4  # pairs per step
-    learning_rate: Positive = 1e-3  # peak of Adam's warm-up and cosine decay
-    dropout: Share = 0.0  # share of GlobalNet's features that is left out in training
+    learning_rate: Positive = 1e-3  # peak of its warm-up and cosine decay
+    dropout: Share = 0.2  # share of the coarsest features that is left out in training, and half of it of the finer
     labels_per_pair: NonNegativeInt = 0  # labels drawn from a pair in each step; 1 = as in the paper, 0 = all
-    inter_subject_fraction: Share = 0.25  # share of pairs made of two patients, which only label 0 can teach
-    affine_augmentation: Annotated[float, Field(ge=0, le=0.3)] = 0.1  # largest random change of each affine entry
-    elastic_augmentation: NotNegative = 0.0  # mm, standard deviation of each image's smooth random displacement
+    inter_subject_fraction: Share = 0.5  # share of pairs made of two patients, which only label 0 can teach
+    affine_augmentation: Annotated[float, Field(ge=0, le=0.3)] = 0.15  # largest random change of each affine entry
+    elastic_augmentation: NotNegative = 1.0  # mm, standard deviation of each image's smooth random displacement
     intensity_augmentation: NotNegative = 0.3  # largest log of each image's random gamma; its gain varies with it
     mirror_axis: Literal[-1, 0, 1, 2] = 0  # axis to mirror half of the pairs along, 0 = left-right in RAS; -1 = none
     valid_every: Count = 100  # steps between validations, each of which saves all that a resumed training needs
@@ -72,8 +71,7 @@ class TrainConfig:
     def __post_init__(self):
         expect(self.folds != 1, "--folds", self.folds, "0 (off), or 2 and more")
         expect(self.fold < max(self.folds, 1), "--fold", self.fold, "0 to folds - 1, with --folds beside it")
-        for name in ("ddf_levels", "similarity_scales"):
-            expect(getattr(self, name), f"--{name}", "none", "one or more")
+        expect(self.similarity_scales, "--similarity_scales", "none", "one or more")
 
     def grid(self):
         """The last arguments of helpers.pair_to_network."""
@@ -81,7 +79,7 @@ class TrainConfig:
 
     def network_options(self):
         """The arguments of a builder in networks.py beside the two shapes."""
-        return {"channels": self.channels, "ddf_levels": self.ddf_levels, "dropout": self.dropout}
+        return {"channels": self.channels, "dropout": self.dropout}
 
 
 @dataclass(frozen=True)

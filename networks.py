@@ -14,12 +14,11 @@ from keras.activations import leaky_relu
 from utils import affine_transform, fit_affine, reference_grid, resize, warp
 
 MAX_CHANNELS = 64  # where the doubling of channels ends (paper: 512); small data sets need no more
-LOCAL_DEPTH, GLOBAL_DEPTH = 5, 3  # levels of the two U-Nets
+LOCAL_DEPTH, GLOBAL_DEPTH = 4, 3  # levels of the U-Nets, from half the resolution down
 KEYPOINTS = 16  # corresponding points that GlobalNet finds; an affine needs 4
 PLACE_RADIUS = 5  # voxels, of the sphere on which the keypoints start
 BUMP_WIDTH = 8  # voxels, standard deviation of the Gaussian that each heat map starts with: wide, so it hardly steers
-RIDGE = 2 * KEYPOINTS  # voxel^2; keeps the affine near the identity as long as the points are poor
-DDF_RATE, HEAT_MAP_RATE = 8, 24  # learning-rate multipliers of the last convolutions; heat maps must become sharp
+RIDGE = 2 * KEYPOINTS  # voxel^2, as the sum of squares over the points; keeps the affine near the identity at first
 
 # -- Blocks --------------------------------------------------------------------------------------------------------
 
@@ -29,8 +28,13 @@ def lambda_layer(function, *tensors, name=None, **options):
     return layers.Lambda(lambda inputs: function(*inputs, **options), name=name)(tensors)
 
 
-def convolution(x, channels, kernel=3, **options):
-    return layers.Conv3D(channels, kernel, padding="same", kernel_initializer="he_normal", **options)(x)
+def convolution(x, channels, kernel=3, kernel_initializer="he_normal", **options):
+    return layers.Conv3D(channels, kernel, padding="same", kernel_initializer=kernel_initializer, **options)(x)
+
+
+def zero_convolution(x, channels):
+    """A last convolution. Its weights are zero at first, so training starts from no deformation."""
+    return convolution(x, channels, kernel_initializer="zeros")
 
 
 def instance_norm(x):
@@ -52,16 +56,6 @@ def residual_block(x):
     return leaky_relu(x + lambda_layer(instance_norm, convolution(y, channels, use_bias=False)))
 
 
-def encoder(x, channels, depth):
-    """Features of each level, from 0 (finest): each has half the size and twice the channels of the one before."""
-    levels = []
-    for level in range(depth):
-        x = layers.MaxPool3D(2, padding="same")(x) if levels else x
-        x = residual_block(convolution(x, min(channels * 2**level, MAX_CHANNELS), activation="leaky_relu"))
-        levels.append(x)
-    return levels
-
-
 def up_block(x, skip):
     """Additive upsampling (Hu et al. 2018) to the size of the encoder's features `skip`, which are added."""
     channels = skip.shape[-1]
@@ -70,34 +64,36 @@ def up_block(x, skip):
     return residual_block(lambda_layer(resize, x, shape=skip.shape[1:4]) + skip)
 
 
-def zero_convolution(x, channels, rate):
-    """A last convolution, zero at first. It learns rate / sqrt(n) times as fast as others, n its weights per output.
+def u_net(x, channels, depth, dropout):
+    """Features of a volume (B, X, Y, Z, C) at `depth` levels, coarsest first; the last ones have half its resolution.
 
-    Adam moves every weight alike, so without the root a level with more channels would run ahead of the others.
+    Each level of the encoder has half the size and twice the channels of the one before; the decoder comes back up with
+    skip connections. dropout: rate for whole channels of the coarsest level, and half of it for the skips.
     """
-    n = 27 * x.shape[-1]
-    return layers.Conv3D(channels, 3, padding="same", kernel_initializer="zeros")(x * rate * n**-0.5)
+    x, skips = convolution(x, channels, strides=2, activation="leaky_relu"), []
+    for level in range(1, depth + 1):
+        x = layers.MaxPool3D(2, padding="same")(x) if skips else x
+        x = residual_block(convolution(x, min(channels * 2**level, MAX_CHANNELS), activation="leaky_relu"))
+        skips.append(x)
+    features = [layers.SpatialDropout3D(dropout)(skips.pop())]
+    for skip in reversed(skips):
+        features.append(up_block(features[-1], layers.SpatialDropout3D(dropout / 2)(skip)))
+    return features
 
 
 # -- LocalNet: a displacement for every voxel ------------------------------------------------------------------------
 
 
-def local_ddf(moving, fixed, channels, ddf_levels):
+def local_ddf(moving, fixed, channels, dropout):
     """Two images (B, X, Y, Z, 1) on the fixed grid -> ddf (B, X, Y, Z, 3).
 
-    A U-Net, with a small DDF at each of `ddf_levels`; they are summed from coarse to fine, all in voxels of level 0.
+    A small DDF from each level of a U-Net; they are summed from coarse to fine, all in voxels of the fixed grid.
     """
-    levels = encoder(layers.Concatenate()([moving, fixed]), channels, LOCAL_DEPTH)
-    x, ddf = levels[-1], None
-    for level in reversed(range(LOCAL_DEPTH)):
-        if ddf is not None:
-            ddf = lambda_layer(resize, ddf, shape=levels[level].shape[1:4])
-        if min(ddf_levels) <= level < LOCAL_DEPTH - 1:  # the decoder ends at the finest of ddf_levels
-            x = up_block(x, levels[level])
-        if level in ddf_levels:
-            head = zero_convolution(x, 3, DDF_RATE)
-            ddf = head if ddf is None else ddf + head
-    return ddf
+    ddf = None
+    for features in u_net(layers.Concatenate()([moving, fixed]), channels, LOCAL_DEPTH, dropout):
+        head = zero_convolution(features, 3)
+        ddf = head if ddf is None else lambda_layer(resize, ddf, shape=head.shape[1:4]) + head
+    return lambda_layer(resize, ddf, shape=fixed.shape[1:4])
 
 
 # -- GlobalNet: corresponding points, and the affine that fits them --------------------------------------------------
@@ -106,29 +102,32 @@ def local_ddf(moving, fixed, channels, ddf_levels):
 def keypoints(image, channels, dropout, name):
     """Find K points in one image (B, X, Y, Z, 1): (B, K, 3), in voxels from its centre.
 
-    A U-Net at half the resolution gives K heat maps. Convolutions are translation-equivariant: where the organ moves,
-    its points follow. dropout: rate for the coarsest features, and half of it for the finer ones.
+    The finest features of a U-Net give K heat maps. Convolutions are translation-equivariant: where the organ moves,
+    its points follow.
     """
-    half = convolution(image, channels, strides=2, activation="leaky_relu")
-    x, *skips = encoder(half, 2 * channels, GLOBAL_DEPTH)[::-1]
-    x = layers.SpatialDropout3D(dropout)(x)
-    for skip in skips:
-        x = up_block(x, layers.SpatialDropout3D(dropout / 2)(skip))
-    return lambda_layer(heat_map_points, zero_convolution(x, KEYPOINTS, HEAT_MAP_RATE), name=f"{name}_points")
+    features = u_net(image, channels, GLOBAL_DEPTH, dropout)[-1]
+    return lambda_layer(heat_map_points, zero_convolution(features, KEYPOINTS), name=f"{name}_points")
+
+
+def starting_heat_maps(shape, count):
+    """Where the K heat maps of (X, Y, Z, K) start: grid (X, Y, Z, 3), places (K, 3), log_bumps (X, Y, Z, K).
+
+    From zero scores alone, all K points would start as one and get the same gradient. So each starts in a place of its
+    own, with a Gaussian bump there. All are in voxels of the image from its centre; one of the heat map is two of them.
+    """
+    grid = 2 * (reference_grid(shape) - (np.array(shape, np.float32) - 1) / 2)
+    z = 1 - (2 * np.arange(count) + 1) / count  # a Fibonacci lattice spreads points evenly over a sphere
+    angle, r = np.pi * (1 + 5**0.5) * np.arange(count), np.sqrt(1 - z**2)
+    places = PLACE_RADIUS * np.stack([r * np.cos(angle), r * np.sin(angle), z], axis=-1).astype(np.float32)
+    return grid, places, -tf.reduce_sum((grid[..., None, :] - places) ** 2, axis=-1) / (2 * BUMP_WIDTH**2)
 
 
 def heat_map_points(scores):
     """Heat maps (B, X/2, Y/2, Z/2, K) -> points (B, K, 3), in voxels from the volume's centre.
 
-    From zero scores alone, all K points would start as one and get the same gradient. So each starts in a place of its
-    own, with a Gaussian bump there. The label loss teaches that point k means the same spot in both images.
+    The label loss teaches that point k means the same spot in both images.
     """
-    shape, count = scores.shape[1:4], scores.shape[-1]
-    grid = 2 * (reference_grid(shape) - (np.array(shape, np.float32) - 1) / 2)
-    z = 1 - (2 * np.arange(count) + 1) / count  # a Fibonacci lattice spreads points evenly over a sphere
-    angle, r = np.pi * (1 + 5**0.5) * np.arange(count), np.sqrt(1 - z**2)
-    places = PLACE_RADIUS * np.stack([r * np.cos(angle), r * np.sin(angle), z], axis=-1).astype(np.float32)
-    log_bumps = -tf.reduce_sum((grid[..., None, :] - places) ** 2, axis=-1) / (2 * BUMP_WIDTH**2)
+    grid, places, log_bumps = starting_heat_maps(scores.shape[1:4], scores.shape[-1])
     # What is subtracted makes scores of zero give exactly the places, although the border cuts the bumps.
     return places + soft_argmax(scores + log_bumps, grid) - soft_argmax(log_bumps[None], grid)
 
@@ -159,26 +158,26 @@ def image_inputs(*shapes):
     return images, *(lambda_layer(instance_norm, image) for image in images)
 
 
-def local_net(moving_shape, fixed_shape, channels, ddf_levels, dropout):
-    """LocalNet alone: a displacement for every voxel. dropout is GlobalNet's, and not used."""
+def local_net(moving_shape, fixed_shape, channels, dropout):
+    """LocalNet alone: a displacement for every voxel."""
     images, moving, fixed = image_inputs(moving_shape, fixed_shape)
     moving = lambda_layer(warp, moving, ddf=tf.zeros((1, *fixed_shape, 3)))  # onto the fixed grid, centre on centre
-    return keras.Model(images, local_ddf(moving, fixed, channels, ddf_levels))
+    return keras.Model(images, local_ddf(moving, fixed, channels, dropout))
 
 
-def global_net(moving_shape, fixed_shape, channels, ddf_levels, dropout):
-    """GlobalNet alone: an affine. ddf_levels are LocalNet's, and not used."""
+def global_net(moving_shape, fixed_shape, channels, dropout):
+    """GlobalNet alone: an affine."""
     images, moving, fixed = image_inputs(moving_shape, fixed_shape)
     affine = global_affine(moving, fixed, channels, dropout)
     return keras.Model(images, lambda_layer(affine_ddf, affine, shape=fixed_shape))
 
 
-def composite_net(moving_shape, fixed_shape, channels, ddf_levels, dropout):
+def composite_net(moving_shape, fixed_shape, channels, dropout):
     """GlobalNet first; LocalNet then sees the moving image as the affine has warped it."""
     images, moving, fixed = image_inputs(moving_shape, fixed_shape)
     affine = global_affine(moving, fixed, channels, dropout)
     warped = lambda_layer(warp, moving, lambda_layer(affine_ddf, affine, shape=fixed_shape))
-    local = local_ddf(warped, fixed, channels, ddf_levels)
+    local = local_ddf(warped, fixed, channels, dropout)
     return keras.Model(images, lambda_layer(affine_ddf, affine, local, shape=fixed_shape))
 
 

@@ -26,11 +26,12 @@ import utils
 from config import CONFIG_NAME, EXAMPLE_DIR, TrainConfig, as_json, load_config, parse_config
 from extras import checkpoint, cross_validation, files, report
 from extras.errors import run
+from extras.optimizer import Muon
 from losses import LABEL_LOSSES, REGULARISERS, masked_mean, multi_scale
 from networks import NETWORKS
 
-WEIGHT_DECAY = 0.4  # of AdamW, multiplied by the learning rate; it helps where pairs are few
-CLIP_NORM = 1.0  # of the gradient over the whole batch; a single pair cannot throw the training off
+WEIGHT_DECAY = 0.4  # a step takes this share of each weight away, times the learning rate; helps where pairs are few
+CLIP_NORM = 1.0  # of the whole batch's gradient: one odd batch has no more say in the momentum than others
 
 
 def main():
@@ -100,7 +101,7 @@ def sample_batch(config, prepared, indices, step):
     """The arrays of batch number `step`, and the names of its cases. A pure function, so a training can be resumed."""
     rng = np.random.default_rng([config.seed, step])
     sampling = config.labels_per_pair, config.inter_subject_fraction
-    drawn = helpers.draw_pairs(rng, prepared, indices, config.batch_size, *sampling)  # a few across two patients
+    drawn = helpers.draw_pairs(rng, prepared, indices, config.batch_size, *sampling)  # some across two patients
     batch = helpers.read_batch(prepared, drawn) | draw_augmentation(config, rng)
     cases = [f"{prepared.pairs[moving].case} to {prepared.pairs[fixed].case}" for moving, fixed, _labels in drawn]
     return batch, ", ".join(cases)
@@ -132,16 +133,15 @@ def batches(config, prepared, indices, steps_done):
 
 
 def build_optimizer(config, variables):
-    """AdamW, with a linear warm-up and a cosine decay of the learning rate."""
-    warm_up = config.steps // 10
+    """Muon, with a linear warm-up and a cosine decay of the learning rate."""
     schedule = keras.optimizers.schedules.CosineDecay(
         initial_learning_rate=config.learning_rate / 20,
         warmup_target=config.learning_rate,
-        warmup_steps=warm_up,
-        decay_steps=config.steps - warm_up,
+        warmup_steps=config.steps // 10,
+        decay_steps=config.steps - config.steps // 10,
     )
-    optimizer = keras.optimizers.AdamW(schedule, weight_decay=WEIGHT_DECAY)
-    optimizer.build(variables)
+    optimizer = Muon(schedule, weight_decay=WEIGHT_DECAY)
+    optimizer.build(variables)  # now, so that a checkpoint can fill it
     return optimizer
 
 

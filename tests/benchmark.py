@@ -6,9 +6,10 @@
 
 Every contender lives in a process of its own and does each part of the same work in turn with the others (interleaved
 repeats); medians are shown. The work: 4 pairs on a 47x63x44 grid, one label each, label smoothing of 0 1 2 4 8 16
-voxels, bending energy, Adam. MONAI needs sizes that divide by 16, so its grid is padded to 48x64x48. Its LocalNet has
-7x7x7 kernels in the whole first level ("as shipped"); with 3x3x3 there, as here, it is "same kernels". This project's
-training step also augments both volumes at random, MONAI's does not.
+voxels, bending energy; Muon here, Adam there. MONAI needs sizes that divide by 16, so its grid is padded to 48x64x48.
+Its LocalNet has 7x7x7 kernels in the whole first level ("as shipped"); with 3x3x3 there, as here, it is "same kernels".
+Its finest level has the full resolution, this project's half of it. This project's training step also augments both
+volumes at random, MONAI's does not.
 What is not installed is left out.
 """
 
@@ -63,6 +64,7 @@ def ours(part, channels):
     import tensorflow as tf
 
     import train
+    from extras.optimizer import Muon
     from losses import bending_energy, dice_loss, multi_scale
     from utils import reference_grid, resample
 
@@ -120,7 +122,7 @@ def ours(part, channels):
 
         return lambda: gradient()[0].numpy()
     if part == "training step":
-        optimizer = keras.optimizers.Adam(1e-5)
+        optimizer = Muon(1e-5)
         optimizer.build(network.trainable_variables)
         step = devices.on_all_replicas(
             tf.distribute.get_strategy(), functools.partial(train.train_step, config, network, optimizer)
@@ -133,7 +135,7 @@ def ours(part, channels):
 
 
 def our_network(channels):
-    """LocalNet as MONAI has it: every level, channels that double to the last."""
+    """LocalNet with channels that double to the last level, as MONAI has it."""
     from extras import devices  # noqa: F401  isort: skip  before TensorFlow
     import networks
     from config import TrainConfig
@@ -141,7 +143,7 @@ def our_network(channels):
     networks.MAX_CHANNELS = 16 * channels
     config = TrainConfig(
         network="local", voxel_size=1.5, fixed_shape=GRID, moving_shape=GRID, channels=channels,
-        ddf_levels=(0, 1, 2, 3, 4), similarity_scales=SCALES,
+        similarity_scales=SCALES,
     )  # fmt: skip
     return config, networks.local_net(GRID, GRID, **config.network_options())
 

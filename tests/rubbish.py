@@ -36,7 +36,7 @@ from networks import NETWORKS
 
 SMALL = {"voxel_size": 6.0, "fixed_shape": (12, 14, 11), "moving_shape": (16, 16, 16), "channels": 2, "batch_size": 2}
 TINY = shlex.split("--voxel_size 6 --fixed_shape 12 14 11 --moving_shape 16 16 16 --channels 2 --batch_size 2")
-QUICK = ["--network", "local", "--ddf_levels", "2", "--similarity_scales", "0", "1"]  # to trace; any network
+QUICK = ["--network", "local", "--similarity_scales", "0", "1"]  # to trace; any network
 
 # -- Ways to spoil a file ------------------------------------------------------------------------------------------
 

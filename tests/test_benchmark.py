@@ -37,7 +37,7 @@ def test_operations_of_one_layer_are_counted_by_hand():
 
 def test_growth_of_a_small_case():
     changes = {"cores": 1, "fixed_shape": [8] * 3, "moving_shape": [8] * 3, "cases": 3, "labels": 2}
-    changes |= {"network": "local", "channels": 2, "ddf_levels": [2], "similarity_scales": [0]}  # quick to trace
+    changes |= {"network": "local", "channels": 2, "similarity_scales": [0]}  # quick to trace
     words = [sys.executable, ROOT / "tests" / "benchmark.py", "point", json.dumps(changes)]
     done = subprocess.run(words, capture_output=True, text=True)
     point = json.loads(done.stdout.split("\n")[-2])

@@ -25,10 +25,21 @@ def parse(monkeypatch):
 
 
 def test_every_field_is_a_flag_and_survives_the_file(parse, tmp_path):
-    words = ["--network=local", "--ddf_levels", "1", "3", "--fixed_shape", "10", "11", "12", "--mirror_axis", "-1"]
+    words = [
+        "--network=local",
+        "--similarity_scales",
+        "1",
+        "3",
+        "--fixed_shape",
+        "10",
+        "11",
+        "12",
+        "--mirror_axis",
+        "-1",
+    ]
     settings = parse(TrainConfig, [*words, "--valid_dir=elsewhere", "--learning_rate", "2e-4"])
     assert settings == dataclasses.replace(
-        TrainConfig(), network="local", ddf_levels=(1, 3), fixed_shape=(10, 11, 12), mirror_axis=-1,
+        TrainConfig(), network="local", similarity_scales=(1, 3), fixed_shape=(10, 11, 12), mirror_axis=-1,
         valid_dir="elsewhere", learning_rate=2e-4,
     )  # fmt: skip
     (tmp_path / "config.json").write_text(config.as_json(settings))
@@ -38,7 +49,7 @@ def test_every_field_is_a_flag_and_survives_the_file(parse, tmp_path):
 
 def test_the_settings_are_few_and_each_has_a_comment():
     names = {name for _, name in FIELDS}
-    assert len(names) <= 38
+    assert len(names) <= 37
     shared = {field.name for field in dataclasses.fields(TrainConfig)}
     shared &= {field.name for field in dataclasses.fields(InferenceConfig)}
     assert shared == {"model_dir", "train_dir", "initial_alignment"}
@@ -66,8 +77,7 @@ IMPOSSIBLE = [
     "--moving_shape 8 8 100000",
     "--voxel_size 0",
     "--voxel_size nan",
-    "--ddf_levels 0 7",
-    "--ddf_levels",
+    "--similarity_scales",
     "--similarity_scales -1",
     "--similarity_scales inf",
     "--regulariser_weight -1",

@@ -35,9 +35,6 @@ def trained(folders, tmp_path_factory):
     words = [
         "--steps=150",
         "--valid_every=50",
-        "--ddf_levels",
-        "1",
-        "2",
         "--learning_rate=3e-3",
         f"--model_dir={folder}",
     ]
