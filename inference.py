@@ -22,7 +22,7 @@ import tensorflow as tf
 import helpers
 import utils
 from config import EXAMPLE_DIR, InferenceConfig, load_config, parse_config
-from extras import checkpoint, cross_validation, files, points, report
+from extras import checkpoint, cross_validation, files, points, report, trust
 from extras.errors import InputError, run
 from networks import NETWORKS
 
@@ -45,6 +45,7 @@ def main():
     # -- Network: as it was trained
     network = NETWORKS[trained.network](trained.moving_shape, trained.fixed_shape, **trained.network_options())
     checkpoint.load_weights(network, config.model_dir, config.weights)
+    signatures, reference = trust.signature_model(network), trust.read_reference(config.model_dir)
     affines = test_time_affines(trained, config.tta_samples)
     grid = (config.initial_alignment or trained.initial_alignment, *trained.grid()[1:])
     offset = utils.moving_offset(trained.moving_shape, trained.fixed_shape)
@@ -59,6 +60,7 @@ def main():
 
         # -- Predict: images in, DDF out, both on the network grid
         ddf = predict(network, network_moving.image[None], network_fixed.image[None], affines)
+        unlikeness = trust.unlikeness(signatures, reference, network_moving.image, network_fixed.image)
 
         # -- Warp: the original volumes, each resampled once, onto the fixed image's own grid
         fields, warped, displacement = {"before": np.zeros_like(ddf), "after": ddf}, {}, None
@@ -69,6 +71,7 @@ def main():
         # -- Measure: where there are labels
         stored_labels = labels_to_store(moving, warped["after"], displacement)
         case_rows = report.measure_pair(pair.case, moving, fixed, warped, fields, geometry, stored_labels)
+        case_rows[0]["unlikeness"] = trust.warn_if_unlike(pair.case, unlikeness)
         rows += case_rows
 
         # -- Write: volumes and fields, points, a picture

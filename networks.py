@@ -64,7 +64,7 @@ def up_block(x, skip):
     return residual_block(lambda_layer(resize, x, shape=skip.shape[1:4]) + skip)
 
 
-def u_net(x, channels, depth, dropout):
+def u_net(x, channels, depth, dropout, name):
     """Features of a volume (B, X, Y, Z, C) at `depth` levels, coarsest first; the last ones have half its resolution.
 
     Each level of the encoder has half the size and twice the channels of the one before; the decoder comes back up with
@@ -75,7 +75,7 @@ def u_net(x, channels, depth, dropout):
         x = layers.MaxPool3D(2, padding="same")(x) if skips else x
         x = residual_block(convolution(x, min(channels * 2**level, MAX_CHANNELS), activation="leaky_relu"))
         skips.append(x)
-    features = [layers.SpatialDropout3D(dropout)(skips.pop())]
+    features = [layers.SpatialDropout3D(dropout, name=f"{name}_features")(skips.pop())]
     for skip in reversed(skips):
         features.append(up_block(features[-1], layers.SpatialDropout3D(dropout / 2)(skip)))
     return features
@@ -90,7 +90,7 @@ def local_ddf(moving, fixed, channels, dropout):
     A small DDF from each level of a U-Net; they are summed from coarse to fine, all in voxels of the fixed grid.
     """
     ddf = None
-    for features in u_net(layers.Concatenate()([moving, fixed]), channels, LOCAL_DEPTH, dropout):
+    for features in u_net(layers.Concatenate()([moving, fixed]), channels, LOCAL_DEPTH, dropout, "local"):
         head = zero_convolution(features, 3)
         ddf = head if ddf is None else lambda_layer(resize, ddf, shape=head.shape[1:4]) + head
     return lambda_layer(resize, ddf, shape=fixed.shape[1:4])
@@ -105,7 +105,7 @@ def keypoints(image, channels, dropout, name):
     The finest features of a U-Net give K heat maps. Convolutions are translation-equivariant: where the organ moves,
     its points follow.
     """
-    features = u_net(image, channels, GLOBAL_DEPTH, dropout)[-1]
+    features = u_net(image, channels, GLOBAL_DEPTH, dropout, name)[-1]
     return lambda_layer(heat_map_points, zero_convolution(features, KEYPOINTS), name=f"{name}_points")
 
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 import helpers
 import utils
 from config import CONFIG_NAME, EXAMPLE_DIR, TrainConfig, as_json, load_config, parse_config
-from extras import checkpoint, cross_validation, files, report
+from extras import checkpoint, cross_validation, files, report, trust
 from extras.errors import run
 from extras.optimizer import Muon
 from losses import LABEL_LOSSES, REGULARISERS, masked_mean, multi_scale
@@ -41,9 +41,10 @@ def main():
     keras.utils.set_random_seed(config.seed)
 
     # -- Data: pairs of images, each pair with as many labels as it happens to have
-    train_pairs, valid_pairs = find_training_pairs(config)
-    prepared = helpers.PreparedPairs(train_pairs + valid_pairs, *config.grid())
-    train_indices, valid_indices = range(len(train_pairs)), range(len(train_pairs), len(prepared.pairs))
+    train_pairs, valid_pairs, held_out_pairs = find_training_pairs(config)
+    prepared = helpers.PreparedPairs(train_pairs + valid_pairs + held_out_pairs, *config.grid())
+    indices = np.split(np.arange(len(prepared.pairs)), np.cumsum([len(train_pairs), len(valid_pairs)]))
+    train_indices, valid_indices, held_out_indices = indices
 
     # -- Network: it never sees a label
     with strategy.scope():
@@ -77,6 +78,7 @@ def main():
             if signals:
                 print(f"stopped after step {state.step}; to continue, repeat the command with --resume")
                 sys.exit(128 + signals[0])
+    trust.write_reference(model_dir, network, prepared, train_indices, [*valid_indices, *held_out_indices])
     checkpoint.print_next_command(config, state)
 
 
@@ -84,17 +86,15 @@ def main():
 
 
 def find_training_pairs(config):
-    """The pairs to train on, and those to validate on."""
+    """The pairs to train on, those to validate on, and those of the fold that is held out for inference.py."""
     train_dir, valid_dir = config.train_dir, config.valid_dir
     if train_dir == "example":
         if not EXAMPLE_DIR.exists():
             subprocess.run([sys.executable, EXAMPLE_DIR.parent / "make_example_data.py"], check=True)
         train_dir, valid_dir = EXAMPLE_DIR / "train", valid_dir or EXAMPLE_DIR / "valid"
-    train_pairs = helpers.find_pairs(train_dir)
-    valid_pairs = helpers.find_pairs(valid_dir) if valid_dir else []
-    if config.folds:  # the fold that is held out is for inference.py alone
-        train_pairs, _ = cross_validation.split_fold(train_pairs, config.folds, config.fold)
-    return train_pairs, valid_pairs
+    pairs, valid_pairs = helpers.find_pairs(train_dir), helpers.find_pairs(valid_dir) if valid_dir else []
+    train_pairs, held_out_pairs = cross_validation.split_fold(pairs, config.folds, config.fold)
+    return train_pairs, valid_pairs, held_out_pairs
 
 
 def sample_batch(config, prepared, indices, step):

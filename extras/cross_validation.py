@@ -23,7 +23,9 @@ PATIENTS_NAME = "trained_patients.csv"
 
 
 def split_fold(pairs, folds, fold):
-    """Deal the patients into `folds` groups; return (pairs of the others, pairs of group `fold`)."""
+    """Deal the patients into `folds` groups; (pairs of the others, pairs of group `fold`); 0 folds: (all, none)."""
+    if not folds:
+        return pairs, []
     patients = sorted({pair.patient for pair in pairs})
     expect(len(patients) >= folds, "--folds", f"{len(patients)} patients", f"at least {folds}")
     order = np.random.default_rng(0).permutation(len(patients))

@@ -48,7 +48,7 @@ MEASURES = {  # columns of metrics.csv, before and after registration -> title, 
 TIMES = "before", "after"
 BEST = ["true_error_best_shift_mm", "true_error_best_affine_mm"]  # what these two would leave of the true displacement
 MEASURED = [name.format(when) for name in MEASURES for when in TIMES]
-COLUMNS = ["case", "label", *MEASURED, "folded_percent", "lost", *BEST]
+COLUMNS = ["case", "label", *MEASURED, "folded_percent", "lost", "unlikeness", *BEST]
 
 
 def claim_folders(output_dir, pairs):
@@ -177,6 +177,10 @@ def summarise(table):
     if table["label"].notna().any():
         lines.append(f"labels that are not in warped_labels.nii.gz: {len(lost)} of {table['label'].notna().sum()}")
     lines += [f"  {row.case}, label {row.label:.0f}: {row.lost}" for row in lost.itertuples()]
+    if table["unlikeness"].notna().any():  # there were held-out pairs to judge by
+        unlike = table[table["unlikeness"] > 1]
+        lines.append(f"pairs unlike those of the training, to be looked at: {len(unlike)}")
+        lines += [f"  {row.case}: {row.unlikeness:.1f} times the usual distance" for row in unlike.itertuples()]
     folded = table["folded_percent"]
     lines.append(f"voxels folded: {folded.mean():.4f} % on average, {folded.max():.4f} % at worst")
     return "\n".join(lines) + "\n"
@@ -185,7 +189,9 @@ def summarise(table):
 def summarise_pair(case, table):
     """The measures of one pair in a line: its name, and each median before and after."""
     medians = {title: values.median() for title, values in measured(table).items()}
-    return "; ".join([case, *(f"{title} {m['before']:.2f} → {m['after']:.2f}" for title, m in medians.items())])
+    unlike = ["UNLIKE THE TRAINING"] if (table["unlikeness"] > 1).any() else []
+    parts = [f"{title} {m['before']:.2f} → {m['after']:.2f}" for title, m in medians.items()]
+    return "; ".join([case, *unlike, *parts])
 
 
 # -- Pictures ----------------------------------------------------------------------------------------------------
