@@ -3,8 +3,8 @@
     python media/make_figures.py
 
 after `python train.py` and `python inference.py`. Writes beside this file: overview.png, history.png,
-example_summary.txt and example_history.csv (copies of what those two wrote), similarity.png, scales.png, distance.png,
-weight.png.
+example_summary.txt and example_history.csv (copies of what those two wrote), similarity.png, batch.png, ddf.png,
+keypoints.png, scales.png, distance.png, weight.png.
 """
 
 import shutil
@@ -26,8 +26,11 @@ from tqdm import tqdm
 
 import helpers
 import losses
+import networks
+import train
 import utils
 from config import EXAMPLE_DIR, TrainConfig
+from extras.checkpoint import load_weights
 from extras.errors import run
 from extras.report import BLUE, GREEN, ORANGE, RED, intensity_limits
 
@@ -94,48 +97,124 @@ def similarity():
     save(figure, "similarity.png")
 
 
+def batch():
+    """README, "Data": one batch as the network gets it, and the labels that only the loss sees."""
+    prepared = helpers.PreparedPairs(helpers.find_pairs(EXAMPLE_DIR / "train")[:20], *CONFIG.grid())
+    arrays, cases = train.sample_batch(CONFIG, prepared, range(20), step=3)
+    figure, axes = plt.subplots(2, CONFIG.batch_size, figsize=(11, 6), layout="constrained")
+    for row, side, shape in zip(axes, ("moving", "fixed"), (CONFIG.moving_shape, CONFIG.fixed_shape), strict=True):
+        points = utils.augmented_points(shape, **arrays[f"{side}_transform"])
+        images = utils.augment_intensity(utils.resample(arrays[f"{side}_image"], points), **arrays[f"{side}_intensity"])
+        labels = utils.resample(arrays[f"{side}_labels"], points).numpy()
+        for axis, image, label, mask in zip(row, images.numpy(), labels, arrays["mask"], strict=True):
+            middle = round(ndimage.center_of_mass(label[..., 0])[2])
+            count = round(mask.sum())
+            show(axis, image[:, :, middle, 0], label[:, :, middle, :count].transpose(2, 0, 1), [GREEN] * count)
+        row[0].set_ylabel(f"{side} image\n{' x '.join(map(str, shape))} voxels", fontsize=12)
+    for axis, case in zip(axes[0], cases.split(", "), strict=True):
+        axis.set_title(case.replace("train", "patient "), fontsize=11)
+    save(figure, "batch.png")
+
+
+def ddf():
+    """README, "Networks": what a displacement field says at one voxel, on the true field of a test pair."""
+    moving, fixed, truth = load_pair()
+    middle = round(ndimage.center_of_mass(fixed.labels[..., 0])[2])
+    inside = np.argwhere(fixed.labels[:, :, middle, 0] > 0.9)
+    starts = np.insert(inside, 2, middle, axis=1) + utils.moving_offset(CONFIG.moving_shape, CONFIG.fixed_shape)
+    ends = starts + truth[0, inside[:, 0], inside[:, 1], middle]
+    chosen = np.abs(ends % 1 - 0.5)[:, :2].max(axis=1).argmin()  # an arrow that ends well between voxels
+    voxel, start, end = inside[chosen], starts[chosen], ends[chosen]
+    depth = round(end[2])
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4.4), layout="constrained")
+    show(axes[0], fixed.image[:, :, middle, 0])
+    axes[0].plot(*voxel, "s", color=GREEN, markersize=8, fillstyle="none", markeredgewidth=2.5)
+    axes[0].set_title("fixed image: voxel i asks", fontsize=12)
+    for axis, window in zip(axes[1:], (None, 3), strict=True):
+        show(axis, moving.image[:, :, depth, 0])
+        axis.plot(*start[:2], "s", color=GREEN, markersize=8, fillstyle="none", markeredgewidth=2.5)
+        axis.annotate("", end[:2], start[:2], arrowprops={"arrowstyle": "->", "color": ORANGE, "lw": 2.5})
+        if window:
+            corner = np.floor(end[:2])
+            axis.plot(*(corner + np.array([[0, 0], [0, 1], [1, 0], [1, 1]])).T, "o", color=BLUE, markersize=10)
+            axis.plot(*end[:2], "x", color=ORANGE, markersize=13, markeredgewidth=3)
+            low, high = np.minimum(start, end)[:2] - 1.5, np.maximum(start, end)[:2] + 1.5
+            centre, half = (low + high) / 2, max(high - low) / 2
+            axis.set(xlim=(centre[0] - half, centre[0] + half), ylim=(centre[1] - half, centre[1] + half))
+    axes[1].set_title("moving image: from i + offset (square)\nalong ddf(i) (arrow)", fontsize=12)
+    axes[2].set_title("the value there (cross) is interpolated\nfrom the voxels around it (dots)", fontsize=12)
+    save(figure, "ddf.png")
+
+
+def keypoints():
+    """README, "Networks": heat maps of three of GlobalNet's points, and all points, on a test pair."""
+    moving, fixed, _ = load_pair()
+    network = networks.NETWORKS[CONFIG.network](CONFIG.moving_shape, CONFIG.fixed_shape, **CONFIG.network_options())
+    load_weights(network, "model", "best")
+    heads = [network.get_layer(f"{side}_points") for side in ("fixed", "moving")]
+    model = keras.Model(network.inputs, [(head.input, head.output) for head in heads])
+    figure, axes = plt.subplots(2, 4, figsize=(12, 6.6), layout="constrained")
+    found = model([moving.image[None], fixed.image[None]])
+    colours = plt.colormaps["hsv"](np.linspace(0, 1, networks.KEYPOINTS, endpoint=False))
+    for row, volume, (scores, points), name in zip(axes, (fixed, moving), found, ("fixed", "moving"), strict=True):
+        shape = np.array(volume.image.shape[:3])
+        middle = round(ndimage.center_of_mass(volume.labels[..., 0])[2])
+        *_, log_bumps = networks.starting_heat_maps(scores.shape[1:4], networks.KEYPOINTS)
+        heat = tf.nn.softmax(tf.reshape(scores[0] + log_bumps, [-1, networks.KEYPOINTS]), axis=0)
+        heat = tf.reshape(heat, scores.shape[1:]).numpy()
+        points = points[0].numpy() + (shape - 1) / 2
+        for axis, k in zip(row, (0, networks.KEYPOINTS // 2, networks.KEYPOINTS - 1), strict=False):
+            show(axis, volume.image[:, :, round(points[k, 2]), 0])
+            extent = (-0.5, shape[0] - 0.5, -0.5, shape[1] - 0.5)
+            flat = heat[..., k].sum(axis=2)
+            axis.imshow(flat.T, origin="lower", extent=extent, cmap="magma", alpha=0.55, interpolation="bilinear")
+            axis.plot(*points[k, :2], "o", color=colours[k], markeredgecolor="white", markersize=9)
+            axis.set_title(f"heat map {k + 1}" if name == "fixed" else "", fontsize=12)
+        show(row[3], volume.image[:, :, middle, 0], [volume.labels[:, :, middle, 0]], [GREEN])
+        for k, point in enumerate(points):
+            row[3].plot(*point[:2], "o", color=colours[k], markeredgecolor="white")
+            row[3].annotate(str(k + 1), point[:2], (3, 3), textcoords="offset points", color="white", fontsize=8)
+        row[3].set_title("all points, on one slice" if name == "fixed" else "", fontsize=12)
+        row[0].set_ylabel(f"{name} image", fontsize=12)
+    save(figure, "keypoints.png")
+
+
 def scales():
-    """README, "Label similarity measures": a large and a small label at each scale."""
-    _, fixed, _ = load_pair()
-    figure, axes = plt.subplots(2, len(CONFIG.similarity_scales), figsize=(11, 5.6), layout="constrained")
+    """README, "Label similarity measures": a landmark's two labels, apart at first, at each scale."""
+    moving, fixed, _ = load_pair()
+    warped = utils.warp(moving.labels[None], tf.zeros((1, *CONFIG.fixed_shape, 3))).numpy()
     smallest = 1 + fixed.labels.sum(axis=(0, 1, 2))[1:].argmin()
-    for row, k, name in zip(axes, (0, smallest), ("gland", "smallest landmark"), strict=True):
-        middle = round(ndimage.center_of_mass(fixed.labels[..., k])[2])
-        for axis, sigma in zip(row, CONFIG.similarity_scales, strict=True):
-            label = np.array(utils.smooth(fixed.labels[None], sigma))[0, :, :, middle, k]
-            axis.imshow(label.T, origin="lower", cmap="viridis")
-            scale = f"{sigma * CONFIG.voxel_size:g} mm" if sigma else "as it is"
-            axis.set(title=f"{scale}, peak {label.max():.2g}", xticks=[], yticks=[])
-        row[0].set_ylabel(name)
+    figure, axes = plt.subplots(1, len(CONFIG.similarity_scales), figsize=(12, 3.8), layout="constrained")
+    for axis, sigma in zip(axes, CONFIG.similarity_scales, strict=True):
+        labels = [np.array(utils.smooth(v, sigma))[0, ..., smallest].max(axis=2) for v in (warped, fixed.labels[None])]
+        red, green = (label / label.max() for label in labels)
+        axis.imshow(np.stack([red, green, 0 * red], axis=-1).transpose(1, 0, 2), origin="lower")
+        loss = losses.multi_scale(losses.dice_loss, warped, fixed.labels[None], [sigma])[0, smallest]
+        scale = f"{sigma * CONFIG.voxel_size:g} mm" if sigma else "as they are"
+        axis.set(title=f"{scale}\nDice loss {loss:.2f}", xticks=[], yticks=[])
     save(figure, "scales.png")
 
 
 def distance():
-    """README, "Label similarity measures": loss and gradient against the distance of two small landmarks."""
-    grid = utils.reference_grid((40, 16, 16)).numpy()
+    """README, "Label similarity measures": every loss against the distance of two small landmarks."""
+    grid = utils.reference_grid((48, 16, 16)).numpy()
 
     def landmark(x):
         return np.clip(2 - np.linalg.norm(grid - [x, 7.5, 7.5], axis=-1), 0, 1).astype(np.float32)[None, ..., None]
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained")
-    for name, measure, sigmas, colour in (
-        ("Dice, one scale", losses.dice_loss, (0,), BLUE),
-        ("Dice, all scales", losses.dice_loss, CONFIG.similarity_scales, GREEN),
-        ("cross-entropy, one scale", losses.cross_entropy, (0,), RED),
-    ):
-        values, steps = [], np.arange(0, 12.1, 0.25)
-        for step in steps:
-            shift = tf.Variable([step, 0, 0], dtype=tf.float32)
-            with tf.GradientTape() as tape:
-                warped = utils.resample(landmark(25), grid[None] - shift + tf.constant([12.0, 0, 0]))  # to 13 + step
-                loss = losses.multi_scale(measure, warped, landmark(13), sigmas)[0, 0]
-            values.append((loss.numpy(), abs(tape.gradient(loss, shift).numpy()[0])))
-        for axis, column in zip(axes, np.transpose(values), strict=True):
-            axis.plot(steps * CONFIG.voxel_size, column, color=colour, label=name)
-    for axis, title in zip(axes, ("loss", "gradient: the pull per voxel of shift"), strict=True):
+    voxels = np.arange(14)  # whole ones, so that a landmark looks the same everywhere
+    for (name, loss), colour in zip(losses.LABEL_LOSSES.items(), (GREEN, BLUE, RED, "grey"), strict=True):
+        for scales, sigmas, style in (("one scale", (0,), ":"), ("all scales", CONFIG.similarity_scales, "-")):
+            values = [losses.multi_scale(loss, landmark(15 + n), landmark(15), sigmas)[0, 0].numpy() for n in voxels]
+            share = (np.array(values) - values[0]) / (values[-1] - values[0])
+            for axis, line in zip(axes, (share, np.gradient(share)), strict=True):
+                axis.plot(voxels * CONFIG.voxel_size, line, style, color=colour, label=f"{name}, {scales}", linewidth=2)
+    titles = "loss (0 = together, 1 = far apart)", "its slope: the pull per voxel"
+    for axis, title in zip(axes, titles, strict=True):
         axis.set(title=title, xlabel=f"mm between two landmarks of about {3 * CONFIG.voxel_size:g} mm")
         axis.grid(alpha=0.3)
-    axes[0].legend()
+    axes[1].legend(loc="upper left", bbox_to_anchor=(1, 1))
     save(figure, "distance.png")
 
 
@@ -187,7 +266,7 @@ def main():
     shutil.copy(Path("model") / "history.png", MEDIA)
     shutil.copy(Path("output") / "summary.txt", MEDIA / "example_summary.txt")
     shutil.copy(Path("model") / "history.csv", MEDIA / "example_history.csv")
-    for draw in (similarity, scales, distance, weight):
+    for draw in (similarity, batch, ddf, keypoints, scales, distance, weight):
         draw()
 
 
