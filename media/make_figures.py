@@ -34,7 +34,7 @@ from extras.checkpoint import load_weights
 from extras.errors import run
 from extras.report import BLUE, GREEN, ORANGE, RED, intensity_limits
 
-MEDIA, CASE, CONFIG = Path(__file__).resolve().parent, "test03", TrainConfig()
+MEDIA, CASE, CONFIG = Path(__file__).resolve().parent, "test00", TrainConfig()
 
 
 def load_pair(voxel_size=CONFIG.voxel_size, moving_shape=CONFIG.moving_shape, fixed_shape=CONFIG.fixed_shape):
