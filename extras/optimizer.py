@@ -20,7 +20,7 @@ class Muon(keras.optimizers.Optimizer):
     def build(self, variables):
         if not self.built:
             super().build(variables)
-            self.momentums = self.add_optimizer_variables(variables, "momentum")
+            self.momentums = [self.add_variable_from_reference(v, "momentum") for v in variables]
 
     def update_step(self, gradient, variable, learning_rate):
         """Keras calls this for each variable, after the weight decay."""
