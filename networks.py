@@ -17,8 +17,8 @@ MAX_CHANNELS = 64  # where the doubling of channels ends (paper: 512); small dat
 LOCAL_DEPTH, GLOBAL_DEPTH = 4, 3  # levels of the U-Nets, from half the resolution down
 KEYPOINTS = 16  # corresponding points that GlobalNet finds; an affine needs 4
 PLACE_RADIUS = 5  # voxels, of the sphere on which the keypoints start
-BUMP_WIDTH = 8  # voxels, standard deviation of the Gaussian that each heat map starts with: wide, so it hardly steers
-RIDGE = 2 * KEYPOINTS  # voxel^2, as the sum of squares over the points; keeps the affine near the identity at first
+BUMP_WIDTH = 8  # voxels, standard deviation of the Gaussian added to each heat map: wide, so it hardly steers
+RIDGE = 2 * KEYPOINTS  # voxel^2, added to the points' squares in fit_affine(); pulls the matrix to the identity
 
 # -- Blocks --------------------------------------------------------------------------------------------------------
 
@@ -57,7 +57,7 @@ def residual_block(x):
 
 
 def up_block(x, skip):
-    """Additive upsampling (Hu et al. 2018) to the size of the encoder's features `skip`, which are added."""
+    """Additive upsampling (Hu et al. 2018): sums of channel groups and a 1x1x1 convolution, enlarged; plus `skip`."""
     channels = skip.shape[-1]
     groups = layers.Reshape((*x.shape[1:4], channels, x.shape[-1] // channels))(x)
     x = lambda_layer(tf.reduce_sum, groups, axis=-1) + convolution(x, channels, kernel=1)
@@ -109,11 +109,11 @@ def keypoints(image, channels, dropout, name):
     return lambda_layer(heat_map_points, zero_convolution(features, KEYPOINTS), name=f"{name}_points")
 
 
-def starting_heat_maps(shape, count):
-    """Where the K heat maps of (X, Y, Z, K) start: grid (X, Y, Z, 3), places (K, 3), log_bumps (X, Y, Z, K).
+def heat_map_priors(shape, count):
+    """Where each of K points starts: grid (X, Y, Z, 3), places (K, 3), log_bumps (X, Y, Z, K).
 
     From zero scores alone, all K points would start as one and get the same gradient. So each starts in a place of its
-    own, with a Gaussian bump there. All are in voxels of the image from its centre; one of the heat map is two of them.
+    own, with a Gaussian bump there. All are in voxels of the image from its centre; a heat-map voxel is two wide.
     """
     grid = 2 * (reference_grid(shape) - (np.array(shape, np.float32) - 1) / 2)
     z = 1 - (2 * np.arange(count) + 1) / count  # a Fibonacci lattice spreads points evenly over a sphere
@@ -127,8 +127,8 @@ def heat_map_points(scores):
 
     The label loss teaches that point k means the same spot in both images.
     """
-    grid, places, log_bumps = starting_heat_maps(scores.shape[1:4], scores.shape[-1])
-    # What is subtracted makes scores of zero give exactly the places, although the border cuts the bumps.
+    grid, places, log_bumps = heat_map_priors(scores.shape[1:4], scores.shape[-1])
+    # The border shifts the means of the bumps. Their subtraction makes scores of zero give exactly the places.
     return places + soft_argmax(scores + log_bumps, grid) - soft_argmax(log_bumps[None], grid)
 
 

@@ -30,8 +30,8 @@ from extras.optimizer import Muon
 from losses import LABEL_LOSSES, REGULARISERS, masked_mean, multi_scale
 from networks import NETWORKS
 
-WEIGHT_DECAY = 0.4  # a step takes this share of each weight away, times the learning rate; helps where pairs are few
-CLIP_NORM = 1.0  # of the whole batch's gradient: one odd batch has no more say in the momentum than others
+WEIGHT_DECAY = 0.4  # each step shrinks every weight by this times the learning rate; it helps where pairs are few
+CLIP_NORM = 1.0  # largest norm of a batch's gradient, so that one odd batch cannot rule the momentum
 
 
 def main():
@@ -182,7 +182,7 @@ def compute_loss(config, warped_labels, fixed_labels, mask, ddf):
         "label_loss": label_loss,
         "regularisation": regularisation,
         "dice": masked_mean(dice_scores, mask),
-        "tre": masked_mean(distances, mask) * config.voxel_size,  # target registration error: of centroids, in mm
+        "tre": masked_mean(distances, mask) * config.voxel_size,  # distance of centroids, in mm
     }
 
 

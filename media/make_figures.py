@@ -159,7 +159,7 @@ def keypoints():
     for row, volume, (scores, points), name in zip(axes, (fixed, moving), found, ("fixed", "moving"), strict=True):
         shape = np.array(volume.image.shape[:3])
         middle = round(ndimage.center_of_mass(volume.labels[..., 0])[2])
-        *_, log_bumps = networks.starting_heat_maps(scores.shape[1:4], networks.KEYPOINTS)
+        *_, log_bumps = networks.heat_map_priors(scores.shape[1:4], networks.KEYPOINTS)
         heat = tf.nn.softmax(tf.reshape(scores[0] + log_bumps, [-1, networks.KEYPOINTS]), axis=0)
         heat = tf.reshape(heat, scores.shape[1:]).numpy()
         points = points[0].numpy() + (shape - 1) / 2
