@@ -44,22 +44,22 @@ class TrainConfig:
     network: Literal["local", "global", "composite"] = "composite"  # DDF; affine; affine and then DDF
     channels: Literal[2, 4, 8, 16, 32, 64] = 8  # of the first convolution, doubled at each level up to 64 (paper: 32)
 
-    # Loss = label similarity + regulariser_weight x regulariser
+    # Loss = label loss + regulariser_weight x regulariser
     similarity: Literal["dice", "cross-entropy", "mean-squared", "jaccard"] = "dice"  # of warped and fixed label
     similarity_scales: tuple[Sigma, ...] = (0, 1, 2, 4, 8)  # voxels, standard deviations of the label smoothing
     regulariser: Literal["bending", "gradient-l2", "gradient-l1"] = "bending"  # smoothness of the DDF
-    regulariser_weight: NotNegative = 1.0  # relative to the label similarity; larger = smoother
+    regulariser_weight: NotNegative = 1.0  # relative to the label loss; larger = smoother
 
     # Training
     steps: Count = 3000  # gradient steps
     batch_size: Annotated[int, Field(ge=1, le=1024)] = 4  # pairs per step
     learning_rate: Positive = 1e-3  # peak of its warm-up and cosine decay
-    dropout: Share = 0.2  # share of the coarsest features that is left out in training, and half of it of the finer
+    dropout: Share = 0.2  # rate at the coarsest level of each U-Net in training, and half of it at finer ones
     labels_per_pair: NonNegativeInt = 0  # labels drawn from a pair in each step; 1 = as in the paper, 0 = all
-    inter_subject_fraction: Share = 0.5  # share of pairs made of two patients, which only label 0 can teach
+    inter_subject_fraction: Share = 0.5  # share of pairs across two patients; of these only label 0 counts
     affine_augmentation: Annotated[float, Field(ge=0, le=0.3)] = 0.15  # largest random change of each affine entry
     elastic_augmentation: NotNegative = 1.0  # mm, standard deviation of each image's smooth random displacement
-    intensity_augmentation: NotNegative = 0.3  # largest log of each image's random gamma; its gain varies with it
+    intensity_augmentation: NotNegative = 0.3  # log of the largest random gamma; a smooth random gain scales with it
     mirror_axis: Literal[-1, 0, 1, 2] = 0  # axis to mirror half of the pairs along, 0 = left-right in RAS; -1 = none
     valid_every: Count = 100  # steps between validations, each of which saves all that a resumed training needs
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # of weights, sampling and augmentation
@@ -78,8 +78,8 @@ class TrainConfig:
         return self.initial_alignment, self.moving_shape, self.fixed_shape, self.voxel_size
 
     def network_options(self):
-        """The arguments of a builder in networks.py beside the two shapes."""
-        return {"channels": self.channels, "dropout": self.dropout}
+        """The arguments of a builder in networks.py."""
+        return {name: getattr(self, name) for name in ("moving_shape", "fixed_shape", "channels", "dropout")}
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def main():
     output_dir = files.ensure_writable_dir(config.output_dir)
 
     # -- Network: as it was trained
-    network = NETWORKS[trained.network](trained.moving_shape, trained.fixed_shape, **trained.network_options())
+    network = NETWORKS[trained.network](**trained.network_options())
     checkpoint.load_weights(network, config.model_dir, config.weights)
     signatures, reference = trust.signature_model(network), trust.read_reference(config.model_dir)
     affines = test_time_affines(trained, config.tta_samples)

@@ -4,8 +4,8 @@
     python train.py --train_dir FOLDER       on your own pairs (README, "Your own data")
     python train.py --resume                 continues an interrupted training, to the same result
 
-Writes to --model_dir: config.json, trained_patients.csv, best.weights.h5, last.weights.h5, checkpoint.npz, history.csv,
-history.png, TensorBoard events. README, "Training".
+Writes to --model_dir: config.json, trained_patients.csv, best.weights.h5, last.weights.h5, checkpoint.npz, trust.npz,
+history.csv, history.png, TensorBoard events. README, "Training".
 """
 
 from extras import devices  # first: it sets what TensorFlow reads when it is imported
@@ -48,7 +48,7 @@ def main():
 
     # -- Network: it never sees a label
     with strategy.scope():
-        network = NETWORKS[config.network](config.moving_shape, config.fixed_shape, **config.network_options())
+        network = NETWORKS[config.network](**config.network_options())
         optimizer = build_optimizer(config, network.trainable_variables)
     train = devices.on_all_replicas(strategy, partial(train_step, config, network, optimizer))
     valid = tf.function(partial(valid_step, config, network), autograph=False)  # no branch depends on a tensor

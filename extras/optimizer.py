@@ -3,7 +3,7 @@
 A plain update is dominated by a few directions, in which the gradient is large (singular vectors of its matrix). Muon
 gives all directions the same size, so the others are learnt, too (Jordan et al. 2024,
 https://kellerjordan.github.io/posts/muon). Learning rate and weight decay mean what they mean to AdamW (Liu et al.
-2025, arXiv 2502.16982), which learns more slowly here. Keras' own Muon leaves convolutions to AdamW.
+2025, arXiv 2502.16982). Keras' own Muon leaves convolutions to AdamW.
 """
 
 import keras

@@ -149,7 +149,7 @@ def ddf():
 def keypoints():
     """README, "Networks": heat maps of three of GlobalNet's points, and all points, on a test pair."""
     moving, fixed, _ = load_pair()
-    network = networks.NETWORKS[CONFIG.network](CONFIG.moving_shape, CONFIG.fixed_shape, **CONFIG.network_options())
+    network = networks.NETWORKS[CONFIG.network](**CONFIG.network_options())
     load_weights(network, "model", "best")
     heads = [network.get_layer(f"{side}_points") for side in ("fixed", "moving")]
     model = keras.Model(network.inputs, [(head.input, head.output) for head in heads])

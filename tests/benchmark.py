@@ -145,7 +145,7 @@ def our_network(channels):
         network="local", voxel_size=1.5, fixed_shape=GRID, moving_shape=GRID, channels=channels,
         similarity_scales=SCALES,
     )  # fmt: skip
-    return config, networks.local_net(GRID, GRID, **config.network_options())
+    return config, networks.local_net(**config.network_options())
 
 
 def convolution_operations(channels):
@@ -424,7 +424,7 @@ def grow_point(cores, cases=4, labels=4, **changes):
                 image.to_filename(Path(folder, f"{side}_images", f"{case}.nii"))
                 nib.Nifti1Image(label, affine).to_filename(Path(folder, f"{side}_labels", f"{case}.nii"))
         prepared = helpers.PreparedPairs(helpers.find_pairs(folder), *config.grid())
-    network = NETWORKS[config.network](config.moving_shape, config.fixed_shape, **config.network_options())
+    network = NETWORKS[config.network](**config.network_options())
     optimizer = train.build_optimizer(config, network.trainable_variables)
     step = devices.on_all_replicas(
         tf.distribute.get_strategy(), functools.partial(train.train_step, config, network, optimizer)

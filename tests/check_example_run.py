@@ -33,7 +33,7 @@ GLAND, LANDMARKS, TRUE = "gland Dice", "landmark TRE, mm", "true error in the gl
 def main():
     config = parse_config(InferenceConfig)
     trained = load_config(config.model_dir)
-    network = NETWORKS[trained.network](trained.moving_shape, trained.fixed_shape, **trained.network_options())
+    network = NETWORKS[trained.network](**trained.network_options())
     checkpoint.load_weights(network, config.model_dir, config.weights)
     affines = inference.test_time_affines(trained, config.tta_samples)
     cases = []

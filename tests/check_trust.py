@@ -43,7 +43,7 @@ def turned(image, axes):
 def main():
     config = parse_config(InferenceConfig)
     trained = load_config(config.model_dir)
-    network = NETWORKS[trained.network](trained.moving_shape, trained.fixed_shape, **trained.network_options())
+    network = NETWORKS[trained.network](**trained.network_options())
     checkpoint.load_weights(network, config.model_dir, config.weights)
     model, reference = trust.signature_model(network), trust.read_reference(config.model_dir)
 

@@ -246,7 +246,7 @@ def make_folder(folder):
     config = TrainConfig(**SMALL)
     (folder / "model").mkdir()
     (folder / "model" / CONFIG_NAME).write_text(as_json(config))
-    network = NETWORKS[config.network](config.moving_shape, config.fixed_shape, **config.network_options())
+    network = NETWORKS[config.network](**config.network_options())
     checkpoint.save_weights(network, folder / "model", checkpoint.TrainingState([]))
 
 

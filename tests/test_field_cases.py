@@ -35,7 +35,7 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("untrained") / "model"
     folder.mkdir()
     (folder / "config.json").write_text(as_json(SMALL))
-    network = NETWORKS["local"](SMALL.moving_shape, SMALL.fixed_shape, **SMALL.network_options())
+    network = NETWORKS["local"](**SMALL.network_options())
     checkpoint.save_weights(network, folder, checkpoint.TrainingState([]))
     return folder
 

@@ -87,7 +87,7 @@ def test_a_pair_turned_and_bent_alike_needs_no_field(alike):
     settings = config.TrainConfig(
         network="local", channels=2, similarity_scales=(0,), moving_shape=shape, fixed_shape=shape
     )
-    network = NETWORKS["local"](shape, shape, **settings.network_options())  # its field is zero at first
+    network = NETWORKS["local"](**settings.network_options())  # its field is zero at first
     optimizer = train.build_optimizer(settings, network.trainable_variables)
     affine = np.array([[[1.1, 0.1, 0, 1], [-0.1, 0.9, 0.1, -1], [0, 0.1, 1, 0.5]]] * 2, np.float32)
     displacement = np.random.default_rng(0).normal(0, 1.5, (2, 5, 5, 5, 3)).astype(np.float32)
