@@ -33,12 +33,18 @@ class Muon(keras.optimizers.Optimizer):
 
 
 def orthogonalise(matrix, iterations=5):
-    """About U V^T of a matrix U S V^T: a polynomial of the matrix moves its singular values S to 0.7 to 1.2 (not 0)."""
+    """About U V^T of a matrix U S V^T: a polynomial of the matrix moves its singular values S to 0.7 to 1.2 (not 0).
+
+    The iterations need only its small Gram matrix, since all of its polynomials commute.
+    """
     is_tall = matrix.shape[0] > matrix.shape[1]
     x = tf.transpose(matrix) if is_tall else matrix
     x /= tf.norm(x) + 1e-7  # no singular value is above 1
+    gram = tf.matmul(x, x, transpose_b=True)
+    product = identity = tf.eye(x.shape[0])
     a, b, c = POLYNOMIAL
     for _ in range(iterations):
-        xxt = tf.matmul(x, x, transpose_b=True)
-        x = a * x + tf.matmul(b * xxt + c * tf.matmul(xxt, xxt), x)
-    return tf.transpose(x) if is_tall else x
+        polynomial = a * identity + b * gram + c * tf.matmul(gram, gram)
+        product, gram = tf.matmul(polynomial, product), tf.matmul(polynomial, tf.matmul(gram, polynomial))
+    result = tf.matmul(product, x)
+    return tf.transpose(result) if is_tall else result
