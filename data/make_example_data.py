@@ -38,8 +38,8 @@ SMALLEST_JACOBIAN = 0.3  # of the deformation: it squeezes tissue to no less tha
 
 def ball(p, centre, radii):
     """Distance from a centre in units of the radii: 1 on the ellipsoid's surface. p: (..., 3) mm."""
-    scaled = (p - np.asarray(centre, p.dtype)) / np.asarray(radii, p.dtype)
-    return np.sqrt(np.einsum("...k,...k->...", scaled, scaled))
+    radii = np.broadcast_to(radii, 3)
+    return np.sqrt(sum(((p[..., k] - float(centre[k])) / float(radii[k])) ** 2 for k in range(3)))
 
 
 def step(distance, width):
