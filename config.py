@@ -42,7 +42,7 @@ class TrainConfig:
 
     # Network
     network: Literal["local", "global", "composite"] = "composite"  # DDF; affine; affine and then DDF
-    channels: Literal[2, 4, 8, 16, 32, 64] = 8  # of the first convolution, doubled at each level up to 64 (paper: 32)
+    channels: Literal[2, 4, 8, 16, 32, 64] = 16  # at the finest level, doubled at each next one up to 64 (paper: 32)
 
     # Loss = label loss + regulariser_weight x regulariser
     similarity: Literal["dice", "cross-entropy", "mean-squared", "jaccard"] = "dice"  # of warped and fixed label
@@ -56,7 +56,7 @@ class TrainConfig:
     learning_rate: Positive = 1e-3  # peak of its warm-up and cosine decay
     dropout: Share = 0.2  # rate at the coarsest level of each U-Net in training, and half of it at finer ones
     labels_per_pair: NonNegativeInt = 0  # labels drawn from a pair in each step; 1 = as in the paper, 0 = all
-    inter_subject_fraction: Share = 0.5  # share of pairs across two patients; of these only label 0 counts
+    inter_subject_fraction: Share = 0.5  # share of pairs of two different patients; of these only label 0 counts
     affine_augmentation: Annotated[float, Field(ge=0, le=0.3)] = 0.15  # largest random change of each affine entry
     elastic_augmentation: NotNegative = 1.0  # mm, standard deviation of each image's smooth random displacement
     intensity_augmentation: NotNegative = 0.3  # log of the largest random gamma; a smooth random gain scales with it

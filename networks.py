@@ -71,7 +71,7 @@ def u_net(x, channels, depth, dropout, name):
     skip connections. dropout: rate for whole channels of the coarsest level, and half of it for the skips.
     """
     x, skips = convolution(x, channels, strides=2, activation="leaky_relu"), []
-    for level in range(1, depth + 1):
+    for level in range(depth):
         x = layers.MaxPool3D(2, padding="same")(x) if skips else x
         x = residual_block(convolution(x, min(channels * 2**level, MAX_CHANNELS), activation="leaky_relu"))
         skips.append(x)
