@@ -73,7 +73,7 @@ class TrainConfig:
         expect(self.fold < max(self.folds, 1), "--fold", self.fold, "0 to folds - 1, with --folds beside it")
         expect(self.similarity_scales, "--similarity_scales", "none", "one or more")
 
-    def grid(self):
+    def grid_options(self):
         """The last arguments of helpers.pair_to_network."""
         return self.initial_alignment, self.moving_shape, self.fixed_shape, self.voxel_size
 

@@ -22,7 +22,7 @@ import tensorflow as tf
 import helpers
 import utils
 from config import EXAMPLE_DIR, InferenceConfig, load_config, parse_config
-from extras import checkpoint, cross_validation, files, points, report, trust
+from extras import checkpoint, cross_validation, files, outliers, points, report
 from extras.errors import InputError, run
 from networks import NETWORKS
 
@@ -45,9 +45,9 @@ def main():
     # -- Network: as it was trained
     network = NETWORKS[trained.network](**trained.network_options())
     checkpoint.load_weights(network, config.model_dir, config.weights)
-    signatures, reference = trust.signature_model(network), trust.read_reference(config.model_dir)
+    signatures, reference = outliers.signature_model(network), outliers.read_reference(config.model_dir)
     affines = test_time_affines(trained, config.tta_samples)
-    grid = (config.initial_alignment or trained.initial_alignment, *trained.grid()[1:])
+    grid = (config.initial_alignment or trained.initial_alignment, *trained.grid_options()[1:])
     offset = utils.moving_offset(trained.moving_shape, trained.fixed_shape)
 
     report.claim_folders(output_dir, pairs)
@@ -60,7 +60,7 @@ def main():
 
         # -- Predict: images in, DDF out, both on the network grid
         ddf = predict(network, network_moving.image[None], network_fixed.image[None], affines)
-        unlikeness = trust.unlikeness(signatures, reference, network_moving.image, network_fixed.image)
+        unlikeness = outliers.unlikeness(signatures, reference, network_moving.image, network_fixed.image)
 
         # -- Warp: the original volumes, each resampled once, onto the fixed image's own grid
         fields, warped, displacement = {"before": np.zeros_like(ddf), "after": ddf}, {}, None
@@ -71,7 +71,7 @@ def main():
         # -- Measure: where there are labels
         stored_labels = labels_to_store(moving, warped["after"], displacement)
         case_rows = report.measure_pair(pair.case, moving, fixed, warped, fields, geometry, stored_labels)
-        case_rows[0]["unlikeness"] = trust.warn_if_unlike(pair.case, unlikeness)
+        case_rows[0]["unlikeness"] = outliers.warn_if_unlike(pair.case, unlikeness)
         rows += case_rows
 
         # -- Write: volumes and fields, points, a picture

@@ -4,8 +4,8 @@
     python train.py --train_dir FOLDER       on your own pairs (README, "Your own data")
     python train.py --resume                 continues an interrupted training, to the same result
 
-Writes to --model_dir: config.json, trained_patients.csv, best.weights.h5, last.weights.h5, checkpoint.npz, trust.npz,
-history.csv, history.png, TensorBoard events. README, "Training".
+Writes to --model_dir: config.json, trained_patients.csv, best.weights.h5, last.weights.h5, checkpoint.npz, history.csv,
+history.png, outliers.npz, TensorBoard events. README, "Training".
 """
 
 from extras import devices  # first: it sets what TensorFlow reads when it is imported
@@ -24,7 +24,7 @@ from tqdm import tqdm
 import helpers
 import utils
 from config import CONFIG_NAME, EXAMPLE_DIR, TrainConfig, as_json, load_config, parse_config
-from extras import checkpoint, cross_validation, files, report, trust
+from extras import checkpoint, cross_validation, files, outliers, report
 from extras.errors import run
 from extras.optimizer import Muon
 from losses import LABEL_LOSSES, REGULARISERS, masked_mean, multi_scale
@@ -42,7 +42,7 @@ def main():
 
     # -- Data: pairs of images, each pair with as many labels as it happens to have
     train_pairs, valid_pairs, held_out_pairs = find_training_pairs(config)
-    prepared = helpers.PreparedPairs(train_pairs + valid_pairs + held_out_pairs, *config.grid())
+    prepared = helpers.PreparedPairs(train_pairs + valid_pairs + held_out_pairs, *config.grid_options())
     indices = np.split(np.arange(len(prepared.pairs)), np.cumsum([len(train_pairs), len(valid_pairs)]))
     train_indices, valid_indices, held_out_indices = indices
 
@@ -78,7 +78,7 @@ def main():
             if signals:
                 print(f"stopped after step {state.step}; to continue, repeat the command with --resume")
                 sys.exit(128 + signals[0])
-    trust.write_reference(model_dir, network, prepared, train_indices, [*valid_indices, *held_out_indices])
+    outliers.write_reference(model_dir, network, prepared, train_indices, [*valid_indices, *held_out_indices])
     checkpoint.print_next_command(config, state)
 
 

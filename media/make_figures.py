@@ -99,7 +99,7 @@ def similarity():
 
 def batch():
     """README, "Data": one batch as the network gets it, and the labels that only the loss sees."""
-    prepared = helpers.PreparedPairs(helpers.find_pairs(EXAMPLE_DIR / "train")[:20], *CONFIG.grid())
+    prepared = helpers.PreparedPairs(helpers.find_pairs(EXAMPLE_DIR / "train")[:20], *CONFIG.grid_options())
     arrays, cases = train.sample_batch(CONFIG, prepared, range(20), step=3)
     figure, axes = plt.subplots(2, CONFIG.batch_size, figsize=(11, 6), layout="constrained")
     for row, side, shape in zip(axes, ("moving", "fixed"), (CONFIG.moving_shape, CONFIG.fixed_shape), strict=True):

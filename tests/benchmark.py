@@ -423,7 +423,7 @@ def grow_point(cores, cases=4, labels=4, **changes):
                 image = nib.Nifti1Image(rng.integers(0, 255, shape, np.uint8), affine)
                 image.to_filename(Path(folder, f"{side}_images", f"{case}.nii"))
                 nib.Nifti1Image(label, affine).to_filename(Path(folder, f"{side}_labels", f"{case}.nii"))
-        prepared = helpers.PreparedPairs(helpers.find_pairs(folder), *config.grid())
+        prepared = helpers.PreparedPairs(helpers.find_pairs(folder), *config.grid_options())
     network = NETWORKS[config.network](**config.network_options())
     optimizer = train.build_optimizer(config, network.trainable_variables)
     step = devices.on_all_replicas(

@@ -38,7 +38,7 @@ def main():
     affines = inference.test_time_affines(trained, config.tta_samples)
     cases = []
     for pair, moving, fixed in helpers.read_pairs(inference.find_test_pairs(config, trained), "reading"):
-        cases.append((pair.case, moving, fixed, *helpers.pair_to_network(moving, fixed, *trained.grid())))
+        cases.append((pair.case, moving, fixed, *helpers.pair_to_network(moving, fixed, *trained.grid_options())))
 
     rng = np.random.default_rng(0)
     results = {"own images": [], "another patient's MR": [], "noise": []}

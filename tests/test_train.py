@@ -74,7 +74,7 @@ def test_weight_decay_takes_away_its_share(folders, tmp_path, call, monkeypatch)
 def test_nothing_of_the_prepared_pairs_has_a_name(example, tmp_path, monkeypatch):
     """So a kill at any moment leaves no patient's image behind."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    prepared = helpers.PreparedPairs(helpers.find_pairs(example / "train"), *config.TrainConfig(**SMALL).grid())
+    prepared = helpers.PreparedPairs(helpers.find_pairs(example / "train"), *config.TrainConfig(**SMALL).grid_options())
     assert not list(tmp_path.iterdir())
     assert len({prepared[number]["fixed_image"].tobytes() for number in range(3)}) == 3
 
@@ -104,7 +104,7 @@ def test_a_pair_turned_and_bent_alike_needs_no_field(alike):
 
 
 def test_what_a_step_draws_depends_on_seed_and_step_alone(example):
-    prepared = helpers.PreparedPairs(helpers.find_pairs(example / "train"), *config.TrainConfig(**SMALL).grid())
+    prepared = helpers.PreparedPairs(helpers.find_pairs(example / "train"), *config.TrainConfig(**SMALL).grid_options())
     settings = config.TrainConfig(**SMALL, elastic_augmentation=2.0)
     (batch, cases), (again, _), (other, _) = (
         train.sample_batch(settings, prepared, range(3), step) for step in (7, 7, 8)

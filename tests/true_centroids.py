@@ -36,7 +36,7 @@ def main():
     offset = utils.moving_offset(config.moving_shape, config.fixed_shape)
     _, pairs = cross_validation.split_fold(helpers.find_pairs(args.train_dir), args.folds, args.fold)
     for pair, moving, fixed in helpers.read_pairs(pairs, "registering"):
-        on_grids = helpers.pair_to_network(moving, fixed, *config.grid())
+        on_grids = helpers.pair_to_network(moving, fixed, *config.grid_options())
         moving_centroid, fixed_centroid = (
             nib.affines.apply_affine(
                 np.linalg.inv(grid.affine) @ side.affine, ndimage.center_of_mass(side.labels[..., 0])

@@ -1,4 +1,4 @@
-"""Is a pair like those that a model was trained on? A sign of it that needs no label.
+"""Outlier (out-of-distribution) detection: is a pair like those that a model was trained on? It needs no label.
 
 A signature of each image, how GlobalNet's points lie to each other and what the coarsest features are on average, has a
 Mahalanobis distance from those of the training pairs (Lee et al. 2018, arXiv 1807.03888). Pairs that the training held
@@ -15,7 +15,7 @@ from extras.checkpoint import load_weights
 from extras.errors import InputError
 from extras.files import atomic_write, warn
 
-REFERENCE = "trust.npz"
+REFERENCE = "outliers.npz"
 DEVIATIONS = 3  # the limit lies so many standard deviations above the mean of the held-out pairs
 SHRINKAGE = 0.3  # of the correlations towards none: a signature has more numbers than there are patients
 FEWEST = 5  # pairs of either kind; fewer say too little of what is usual

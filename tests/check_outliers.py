@@ -1,6 +1,6 @@
 """How often `inference.py` warns of a pair that is unlike the training: of held-out pairs, and of wrong inputs.
 
-    python tests/check_trust.py --model_dir model --test_dir data/mrus
+    python tests/check_outliers.py --model_dir model --test_dir data/mrus
 
 Takes the pairs that inference.py takes for the model: its held-out fold, or the example's test patients. --test_dir
 names pairs of another kind. Prints for each kind of input the share of pairs that are warned of.
@@ -21,7 +21,7 @@ import numpy as np
 import helpers
 import inference
 from config import InferenceConfig, load_config, parse_config
-from extras import checkpoint, trust
+from extras import checkpoint, outliers
 from extras.errors import run
 from networks import NETWORKS
 
@@ -36,7 +36,7 @@ def fit(image, shape):
     return result
 
 
-def turned(image, axes):
+def rotated(image, axes):
     return fit(np.rot90(image, axes=axes), image.shape[:3])
 
 
@@ -45,11 +45,11 @@ def main():
     trained = load_config(config.model_dir)
     network = NETWORKS[trained.network](**trained.network_options())
     checkpoint.load_weights(network, config.model_dir, config.weights)
-    model, reference = trust.signature_model(network), trust.read_reference(config.model_dir)
+    model, reference = outliers.signature_model(network), outliers.read_reference(config.model_dir)
 
     def read(settings):
         pairs = helpers.read_pairs(inference.find_test_pairs(settings, trained), "reading")
-        grids = [helpers.pair_to_network(moving, fixed, *trained.grid()) for _, moving, fixed in pairs]
+        grids = [helpers.pair_to_network(moving, fixed, *trained.grid_options()) for _, moving, fixed in pairs]
         return [[volume.image.astype(np.float32) for volume in pair] for pair in grids]
 
     pairs = read(dataclasses.replace(config, test_dir=""))
@@ -68,10 +68,10 @@ def main():
         inputs[f"moving image mirrored, {name}"] = [(np.flip(m, axis), f) for m, f in pairs]
         inputs[f"fixed image mirrored, {name}"] = [(m, np.flip(f, axis)) for m, f in pairs]
         axes = [k for k in range(3) if k != axis]
-        inputs[f"moving image turned by 90 degrees about {name}"] = [(turned(m, axes), f) for m, f in pairs]
-        inputs[f"fixed image turned by 90 degrees about {name}"] = [(m, turned(f, axes)) for m, f in pairs]
+        inputs[f"moving image rotated by 90 degrees about {name}"] = [(rotated(m, axes), f) for m, f in pairs]
+        inputs[f"fixed image rotated by 90 degrees about {name}"] = [(m, rotated(f, axes)) for m, f in pairs]
     for kind, images in inputs.items():
-        values = np.array([trust.unlikeness(model, reference, *pair) for pair in images])
+        values = np.array([outliers.unlikeness(model, reference, *pair) for pair in images])
         if len(values):
             print(f"{kind:<60}{100 * (values > 1).mean():4.0f} %   median {np.median(values):.2f}")
 
