@@ -85,9 +85,8 @@ def read_patients(path):
     """{case: patient}, from the columns case and patient."""
     try:
         table = pd.read_csv(path, dtype=str, encoding="utf-8-sig", keep_default_na=False, index_col=False)
-        lines = (
-            table[["case", "patient"]].apply(lambda column: column.str.strip().str.normalize("NFC")).drop_duplicates()
-        )
+        table = table[["case", "patient"]].apply(lambda column: column.str.strip().str.normalize("NFC"))
+        lines = table.drop_duplicates()
     except (OSError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: cannot be read ({reason}); expected a CSV file with columns case,patient") from None
@@ -312,9 +311,8 @@ def append_arrays(file, arrays):
 def draw_pairs(rng, prepared, numbers, batch_size, labels_per_pair, inter_subject_fraction):
     """What a batch is made of: (moving number, fixed number, the labels that count) of each of its pairs.
 
-    Two-stage sampling (Hu et al. 2018): first the pairs, then labels of each. A share of the pairs takes its moving
-    volume from another patient. Those have only the gland, label 0, in common (Bashkanov et al. 2021, arXiv
-    2102.04938).
+    Two-stage sampling (Hu et al. 2018): first the pairs, then labels of each. In inter-subject pairs the moving volume
+    is another patient's; they share only label 0, the gland (Bashkanov et al. 2021, arXiv 2102.04938).
     """
     drawn = []
     for number in rng.choice(numbers, size=batch_size):

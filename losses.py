@@ -5,7 +5,7 @@ import tensorflow as tf
 
 from utils import apply_along_axes, channels_to_batch, smooth
 
-EPSILON = 1e-6  # keeps an empty label at a finite loss: 1 for the overlap measures
+EPSILON = 1e-6  # keeps the loss of an empty label, and logarithms, finite
 
 # -- Label losses: two labels (B, X, Y, Z, L) in [0, 1] -> one value per label (B, L), smallest where they agree -------
 
@@ -13,7 +13,7 @@ EPSILON = 1e-6  # keeps an empty label at a finite loss: 1 for the overlap measu
 def dice_loss(warped, fixed):
     """1 - soft Dice with squared sums (V-Net, Milletari et al. 2016, arXiv 1606.04797), in [0, 1].
 
-    With squared sums two equal labels score 0 at every scale, so a smoothed label can still be matched perfectly;
+    With squared sums two equal labels have loss 0 at every scale, so a smoothed label can still be matched perfectly;
     plain sums would leave a large constant, and next to no gradient, at the wide scales.
     """
     overlap = tf.reduce_sum(warped * fixed, [1, 2, 3])
@@ -51,9 +51,9 @@ def multi_scale(loss, warped, fixed, scales):
 
     scales: standard deviations in voxels, 0 = the label as it is. Returns (B, L).
     """
-    labels = channels_to_batch(warped), channels_to_batch(fixed)  # (B * L, X, Y, Z, 1): faster than many channels
-    values = [loss(*(smooth(label, sigma) for label in labels)) for sigma in scales]
-    return tf.reshape(tf.add_n(values) / len(values), [-1, fixed.shape[-1]])
+    count, warped, fixed = fixed.shape[-1], channels_to_batch(warped), channels_to_batch(fixed)  # one channel is faster
+    values = [loss(smooth(warped, sigma), smooth(fixed, sigma)) for sigma in scales]
+    return tf.reshape(tf.add_n(values) / len(values), [-1, count])
 
 
 def masked_mean(values, mask):

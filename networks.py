@@ -1,8 +1,8 @@
 """Networks: a moving and a fixed image in, a dense displacement field (DDF) out. No network ever sees a label.
 
 Each builder returns a Keras model: [moving (B, MX, MY, MZ, 1), fixed (B, X, Y, Z, 1)] -> ddf (B, X, Y, Z, 3) in voxels.
-The warped image has at i what the moving one has at i + offset + ddf(i); the offset lays the centres of the two grids
-over each other, and training starts from a DDF of zero. README, "Networks"; Hu et al. ISBI 2018, arXiv 1711.01666.
+warped(i) = moving(i + offset + ddf(i)), where the offset lays the centres of the two grids over each other. Training
+starts from a DDF of zero. README, "Networks"; Hu et al. ISBI 2018, arXiv 1711.01666.
 """
 
 import keras
@@ -17,8 +17,8 @@ MAX_CHANNELS = 64  # where the doubling of channels ends (paper: 512); small dat
 LOCAL_DEPTH, GLOBAL_DEPTH = 4, 3  # levels of the U-Nets, from half the resolution down
 KEYPOINTS = 16  # corresponding points that GlobalNet finds; an affine needs 4
 PLACE_RADIUS = 5  # voxels, of the sphere on which the keypoints start
-BUMP_WIDTH = 8  # voxels, standard deviation of the Gaussian added to each heat map: wide, so it hardly steers
-RIDGE = 2 * KEYPOINTS  # voxel^2, added to the points' squares in fit_affine(); pulls the matrix to the identity
+BUMP_WIDTH = 8  # voxels, standard deviation of the Gaussian added to each heat map: wide, so learnt scores outweigh it
+RIDGE = 2 * KEYPOINTS  # voxel^2, of fit_affine(): 2 for each point, whose squared distance starts at 25; see there
 
 # -- Blocks --------------------------------------------------------------------------------------------------------
 
@@ -39,7 +39,7 @@ def zero_convolution(x, channels):
 
 def instance_norm(x):
     """Zero mean and unit variance of each channel of each volume (B, X, Y, Z, C): instance normalisation."""
-    flat = tf.reshape(x, [-1, np.prod(x.shape[1:4]), x.shape[-1]])  # one axis of voxels is summed fastest
+    flat = tf.reshape(x, [-1, np.prod(x.shape[1:4]), x.shape[-1]])  # one axis of voxels is faster to sum than three
     centred = flat - tf.reduce_mean(flat, 1, keepdims=True)
     result = centred * tf.math.rsqrt(tf.reduce_mean(centred**2, 1, keepdims=True) + 1e-6)
     return tf.reshape(result, [-1, *x.shape[1:]])
@@ -49,10 +49,10 @@ def residual_block(x):
     """Two convolutions around which the input is carried and added (He et al. 2016, arXiv 1512.03385).
 
     Instance normalisation (Ulyanov et al. 2016, arXiv 1607.08022) follows each. Unlike the batch normalisation of Hu
-    et al., it gives a pair one result, alone or in a batch, in training or not. At a level of one voxel it gives zero.
+    et al., it gives a pair one result, alone or in a batch, in training or not.
     """
-    channels = x.shape[-1]  # no bias: the normalisation would remove it
-    y = leaky_relu(lambda_layer(instance_norm, convolution(x, channels, use_bias=False)))
+    channels = x.shape[-1]
+    y = leaky_relu(lambda_layer(instance_norm, convolution(x, channels, use_bias=False)))  # which would remove a bias
     return leaky_relu(x + lambda_layer(instance_norm, convolution(y, channels, use_bias=False)))
 
 
@@ -67,12 +67,12 @@ def up_block(x, skip):
 def u_net(x, channels, depth, dropout, name):
     """Features of a volume (B, X, Y, Z, C) at `depth` levels, coarsest first; the last ones have half its resolution.
 
-    Each level of the encoder has half the size and twice the channels of the one before; the decoder comes back up with
-    skip connections. dropout: rate for whole channels of the coarsest level, and half of it for the skips.
+    Each level of the encoder has half the size of the one before and twice its channels, up to MAX_CHANNELS; the
+    decoder comes back up with skip connections. dropout: of whole channels of the coarsest level; half for the skips.
     """
     x, skips = convolution(x, channels, strides=2, activation="leaky_relu"), []
     for level in range(depth):
-        x = layers.MaxPool3D(2, padding="same")(x) if skips else x
+        x = layers.MaxPool3D(2, padding="same")(x) if level else x
         x = residual_block(convolution(x, min(channels * 2**level, MAX_CHANNELS), activation="leaky_relu"))
         skips.append(x)
     features = [layers.SpatialDropout3D(dropout, name=f"{name}_features")(skips.pop())]
@@ -140,12 +140,13 @@ def soft_argmax(scores, grid):
 
 def global_affine(moving, fixed, channels, dropout):
     """Two images, each with a grid and a U-Net of its own -> affine (B, 3, 4) from fixed to moving, about centres."""
-    points = (keypoints(image, channels, dropout, name) for name, image in (("fixed", fixed), ("moving", moving)))
-    return lambda_layer(fit_affine, *points, ridge=RIDGE)
+    fixed_points = keypoints(fixed, channels, dropout, "fixed")
+    moving_points = keypoints(moving, channels, dropout, "moving")
+    return lambda_layer(fit_affine, fixed_points, moving_points, ridge=RIDGE)
 
 
 def affine_ddf(affine, local=0.0, *, shape):
-    """An affine (B, 3, 4) after a local DDF, as one DDF (B, X, Y, Z, 3): ddf(i) = A (i + local(i)) - i."""
+    """First shift voxel i by local(i), then apply an affine (B, 3, 4); as one DDF: ddf(i) = A (i + local(i)) - i."""
     grid = reference_grid(shape)[None]
     return affine_transform(grid + local, affine, shape) - grid
 
@@ -154,6 +155,7 @@ def affine_ddf(affine, local=0.0, *, shape):
 
 
 def image_inputs(*shapes):
+    """The inputs of a model (a list), and then each of them normalised."""
     images = [layers.Input((*shape, 1)) for shape in shapes]
     return images, *(lambda_layer(instance_norm, image) for image in images)
 

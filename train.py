@@ -31,7 +31,7 @@ from losses import LABEL_LOSSES, REGULARISERS, masked_mean, multi_scale
 from networks import NETWORKS
 
 WEIGHT_DECAY = 0.4  # each step shrinks every weight by this times the learning rate; it helps where pairs are few
-CLIP_NORM = 1.0  # largest norm of a batch's gradient, so that one odd batch cannot rule the momentum
+CLIP_NORM = 1.0  # largest norm of a batch's gradient, so that one odd batch cannot dominate the momentum
 
 
 def main():
@@ -43,15 +43,15 @@ def main():
     # -- Data: pairs of images, each pair with as many labels as it happens to have
     train_pairs, valid_pairs, held_out_pairs = find_training_pairs(config)
     prepared = helpers.PreparedPairs(train_pairs + valid_pairs + held_out_pairs, *config.grid_options())
-    indices = np.split(np.arange(len(prepared.pairs)), np.cumsum([len(train_pairs), len(valid_pairs)]))
-    train_indices, valid_indices, held_out_indices = indices
+    cuts = np.cumsum([len(train_pairs), len(valid_pairs)])
+    train_indices, valid_indices, held_out_indices = np.split(np.arange(len(prepared.pairs)), cuts)
 
     # -- Network: it never sees a label
     with strategy.scope():
         network = NETWORKS[config.network](**config.network_options())
         optimizer = build_optimizer(config, network.trainable_variables)
     train = devices.on_all_replicas(strategy, partial(train_step, config, network, optimizer))
-    valid = tf.function(partial(valid_step, config, network), autograph=False)  # no branch depends on a tensor
+    valid = tf.function(partial(valid_step, config, network), autograph=False)  # no Python branch to convert
 
     # -- Loop: next batch, step, progress; every `valid_every` steps validate and save
     state = checkpoint.TrainingState(valid_cases=[pair.case for pair in valid_pairs])
@@ -92,8 +92,8 @@ def find_training_pairs(config):
         if not EXAMPLE_DIR.exists():
             subprocess.run([sys.executable, EXAMPLE_DIR.parent / "make_example_data.py"], check=True)
         train_dir, valid_dir = EXAMPLE_DIR / "train", valid_dir or EXAMPLE_DIR / "valid"
-    pairs, valid_pairs = helpers.find_pairs(train_dir), helpers.find_pairs(valid_dir) if valid_dir else []
-    train_pairs, held_out_pairs = cross_validation.split_fold(pairs, config.folds, config.fold)
+    valid_pairs = helpers.find_pairs(valid_dir) if valid_dir else []
+    train_pairs, held_out_pairs = cross_validation.split_fold(helpers.find_pairs(train_dir), config.folds, config.fold)
     return train_pairs, valid_pairs, held_out_pairs
 
 
@@ -109,10 +109,10 @@ def sample_batch(config, prepared, indices, step):
 
 def draw_augmentation(config, rng):
     """Transform and intensity change of each image of a batch. Both images of a pair are mirrored, or neither is."""
-    size, augmentation = config.batch_size, {}
-    mirror, elastic = rng.choice([-1, 1], size), config.elastic_augmentation / config.voxel_size  # the latter in voxels
+    mirror, augmentation = rng.choice([-1, 1], config.batch_size), {}
+    elastic = config.elastic_augmentation / config.voxel_size  # mm to voxels
     for side, shape in (("moving", config.moving_shape), ("fixed", config.fixed_shape)):
-        affine = utils.random_affine(rng, size, shape, config.affine_augmentation, config.mirror_axis, mirror)
+        affine = utils.random_affine(rng, len(mirror), shape, config.affine_augmentation, config.mirror_axis, mirror)
         transform, intensity = utils.random_augmentation(rng, affine, elastic, config.intensity_augmentation)
         augmentation |= {f"{side}_transform": transform, f"{side}_intensity": intensity}
     return augmentation
@@ -146,7 +146,7 @@ def build_optimizer(config, variables):
 
 
 def train_step(config, network, optimizer, batch):
-    """Augment a batch, predict, warp the labels, compare, descend. Points (B, X, Y, Z, 3) say where a voxel is read."""
+    """Augment, predict, warp the labels, compare, descend. Points: where to read a voxel; mask (B, L): 1 = a label."""
     moving_points = utils.augmented_points(config.moving_shape, **batch["moving_transform"])
     fixed_points = utils.augmented_points(config.fixed_shape, **batch["fixed_transform"])
     moving_image = utils.resample(batch["moving_image"], moving_points)
@@ -156,7 +156,7 @@ def train_step(config, network, optimizer, batch):
     fixed_labels = utils.resample(batch["fixed_labels"], fixed_points)
     with tf.GradientTape() as tape:
         ddf = network([moving_image, fixed_image], training=True)
-        points = utils.warp_points(moving_points, ddf)  # through DDF and augmentation, to resample the labels only once
+        points = utils.warp_points(moving_points, ddf)  # DDF, then augmentation: labels are resampled once
         warped_labels = utils.resample(batch["moving_labels"], points)
         result = compute_loss(config, warped_labels, fixed_labels, batch["mask"], ddf)
     gradients = tape.gradient(result["loss"], network.trainable_variables)
@@ -172,7 +172,7 @@ def valid_step(config, network, batch):
 
 
 def compute_loss(config, warped_labels, fixed_labels, mask, ddf):
-    """loss = label_loss + regulariser_weight * regularisation, and two figures that a person can read; scalars."""
+    """loss = label_loss + regulariser_weight * regularisation; and Dice and centroid distance (tre), to be read."""
     label_losses = multi_scale(LABEL_LOSSES[config.similarity], warped_labels, fixed_labels, config.similarity_scales)
     label_loss = masked_mean(label_losses, mask)
     regularisation = REGULARISERS[config.regulariser](ddf)

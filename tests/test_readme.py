@@ -10,6 +10,7 @@ import pytest
 
 import config
 from config import InferenceConfig, TrainConfig
+from extras import report
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -63,6 +64,16 @@ def test_the_table_of_the_ablation_is_the_one_that_the_command_wrote():
     for row in table.to_dict("records"):
         cells = [row["network taught with"], *(f"{row[name]:.2f}" for name in columns)]
         assert f"| {' | '.join(cells)} |" in README, cells
+
+
+def test_the_table_of_real_patients_is_the_one_that_the_command_wrote():
+    """Each median [quartiles] worst of the gathered folds stands in docs/real_patients.md."""
+    table = report.read_metrics(ROOT / "media" / "mrus_cross_validation.csv")
+    cells = re.findall(r"[\d.]+ \[[\d.]+ [\d.]+\] [\d.]+", report.summarise(table))
+    page = (ROOT / "docs" / "real_patients.md").read_text()
+    assert len(cells) == 8 and all(cell in page for cell in cells), [cell for cell in cells if cell not in page]
+    medians = [f"{values['after'].median():.2f}" for values in report.measured(table).values()]
+    assert f"{table['case'].nunique()} pairs" in page and medians[0] in page and medians[2] in page
 
 
 def test_functions_and_settings_that_the_readme_names_exist():
