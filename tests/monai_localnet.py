@@ -58,10 +58,9 @@ def random_affine(volume, amount=0.1):
 
 def main():
     parser = argparse.ArgumentParser(description="MONAI's LocalNet with the original recipe.")
-    for name, default in {"train_dir": None, "folds": 5, "fold": 0, "minutes": 36.0, "channels": 8, "seed": 0}.items():
-        parser.add_argument(
-            f"--{name}", type=str if default is None else type(default), default=default, required=default is None
-        )
+    parser.add_argument("--train_dir", required=True)
+    for name, default in {"folds": 5, "fold": 0, "minutes": 36.0, "channels": 8, "seed": 0}.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
     parser.add_argument("--output_dir", default="monai_output")
     words = parser.parse_args()
     torch.manual_seed(words.seed)

@@ -5,6 +5,7 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
+import true_centroids
 
 from extras import cross_validation, report
 
@@ -82,3 +83,11 @@ def test_what_is_no_table_of_measures_is_named(text, tmp_path, call):
         (tmp_path / "metrics.csv").write_text(text)
     status, _, err = call(cross_validation, tmp_path, "--output_dir", tmp_path / "all")
     assert status == 2 and err.startswith(f"error: {tmp_path / 'metrics.csv'}: ") and err.count("\n") == 1
+
+
+def test_true_centroids_of_the_glands_lie_upon_each_other(example, tmp_path):
+    true_centroids.main(["--train_dir", f"{example}/train", "--folds=3", "--fold=1", f"--output_dir={tmp_path}"])
+    table = report.read_metrics(tmp_path / "metrics.csv")
+    gland = table[table["label"] == 0]
+    assert gland["case"].nunique() == 1
+    assert (gland["tre_before_mm"] > 3).all() and (gland["tre_after_mm"] < 0.3).all()

@@ -27,11 +27,13 @@ from extras import cross_validation, files, report
 from extras.errors import run
 
 
-def main():
+def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in {"train_dir": None, "folds": 5, "fold": 0, "output_dir": "centroids"}.items():
-        parser.add_argument(f"--{name}", type=type(default or ""), default=default, required=default is None)
-    args = parser.parse_args()
+    parser.add_argument("--train_dir", required=True)
+    parser.add_argument("--folds", type=int, default=5)
+    parser.add_argument("--fold", type=int, default=0)
+    parser.add_argument("--output_dir", default="centroids")
+    args = parser.parse_args(arguments)
     config, rows = TrainConfig(), []
     offset = utils.moving_offset(config.moving_shape, config.fixed_shape)
     _, pairs = cross_validation.split_fold(helpers.find_pairs(args.train_dir), args.folds, args.fold)
