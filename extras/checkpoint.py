@@ -115,7 +115,8 @@ def save_weights(network, folder, state):
     """The last weights; and the best, if the last validation was."""
     for name in ["last", "best"] if state.is_best else ["last"]:
         path = folder / WEIGHTS[name]
-        needed, free = 8 * network.count_params(), shutil.disk_usage(folder).free
+        needed = 8 * network.count_params() + 4000 * len(network.weights)  # HDF5 adds to each array
+        free = shutil.disk_usage(folder).free
         if free < needed:  # HDF5 takes the whole process with it when a disk is full
             raise OutputError(f"{path}: found {free} bytes free, expected {needed}; make room on that disk")
         with atomic_write(path) as temporary:

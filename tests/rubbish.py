@@ -34,8 +34,8 @@ from extras import checkpoint
 from extras.errors import run as run_main
 from networks import NETWORKS
 
-SMALL = {"voxel_size": 6.0, "fixed_shape": (12, 14, 11), "moving_shape": (16, 16, 16), "channels": 2, "batch_size": 2}
-TINY = shlex.split("--voxel_size 6 --fixed_shape 12 14 11 --moving_shape 16 16 16 --channels 2 --batch_size 2")
+SMALL = {"voxel_size": 6.0, "fixed_shape": (12, 14, 11), "moving_shape": (16, 16, 16), "channels": 4, "batch_size": 2}
+TINY = shlex.split("--voxel_size 6 --fixed_shape 12 14 11 --moving_shape 16 16 16 --channels 4 --batch_size 2")
 QUICK = ["--network", "local", "--similarity_scales", "0", "1"]  # to trace; any network
 
 # -- Ways to spoil a file ------------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ MODELS = {  # what happens to a trained model -> (how, words that the message ho
     "no weights": (lambda f: (f / "best.weights.h5").unlink(), "best.weights.h5: missing"),
     "truncated weights": (weights(lambda data: data[:3000]), "best.weights.h5: found weights that do not fit"),
     "weights of no byte": (weights(lambda data: b""), "best.weights.h5: found weights that do not fit"),
-    "weights of another width": (edit_json(channels=4), "best.weights.h5: found weights that do not fit"),
+    "weights of another width": (edit_json(channels=8), "best.weights.h5: found weights that do not fit"),
     "weights of another network": (edit_json(network="local"), "best.weights.h5: found weights that do not fit"),
     "settings that are no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json"),
     "settings that are a list": (lambda f: (f / "config.json").write_text("[1]"), "config.json"),
