@@ -52,7 +52,7 @@ def residual_block(x):
     et al., it gives a pair one result, alone or in a batch, in training or not.
     """
     channels = x.shape[-1]
-    y = leaky_relu(lambda_layer(instance_norm, convolution(x, channels, use_bias=False)))  # which would remove a bias
+    y = leaky_relu(lambda_layer(instance_norm, convolution(x, channels, use_bias=False)))  # a bias would cancel out
     return leaky_relu(x + lambda_layer(instance_norm, convolution(y, channels, use_bias=False)))
 
 
