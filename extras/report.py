@@ -232,7 +232,7 @@ def plot_boxes(path, measures):
     """Box plots before and after, and every value as a dot. measures: title -> DataFrame "before", "after"."""
     figure, axes = plt.subplots(1, len(measures), figsize=(2.4 * len(measures), 3.2), layout="constrained")
     for axis, (title, table) in zip(np.atleast_1d(axes), measures.items(), strict=True):
-        table.boxplot(ax=axis, widths=0.6, showfliers=False, color={"medians": RED}, medianprops={"linewidth": 2})
+        table.boxplot(ax=axis, widths=0.6, showfliers=False, medianprops={"color": RED, "linewidth": 2})
         for position, when in enumerate(TIMES, start=1):
             jitter = np.random.default_rng(0).uniform(-0.15, 0.15, len(table))
             axis.plot(position + jitter, table[when], "o", color=BLUE, alpha=0.4, markersize=3, zorder=0)
