@@ -289,9 +289,9 @@ class PreparedPairs:
                 self.ends.append(append_arrays(file, arrays))
             self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
-    def __getitem__(self, number):
+    def __getitem__(self, index):
         """A dictionary of moving_image, fixed_image (float16), moving_labels and fixed_labels (uint8, 255 = 1)."""
-        start, end = self.ends[number : number + 2]
+        start, end = self.ends[index : index + 2]
         with np.load(io.BytesIO(self.data[start:end])) as arrays:
             return dict(arrays)
 
@@ -308,20 +308,20 @@ def append_arrays(file, arrays):
     return file.tell()
 
 
-def draw_pairs(rng, prepared, numbers, batch_size, labels_per_pair, inter_subject_fraction):
-    """What a batch is made of: (moving number, fixed number, the labels that count) of each of its pairs.
+def draw_pairs(rng, prepared, indices, batch_size, labels_per_pair, inter_subject_fraction):
+    """What a batch is made of: (moving index, fixed index, the labels that count) of each of its pairs.
 
     Two-stage sampling (Hu et al. 2018): first the pairs, then labels of each. In inter-subject pairs the moving volume
     is another patient's; they share only label 0, the gland (Bashkanov et al. 2021, arXiv 2102.04938).
     """
     drawn = []
-    for number in rng.choice(numbers, size=batch_size):
-        others = [k for k in numbers if prepared.pairs[k].patient != prepared.pairs[number].patient]
-        labels = np.arange(prepared.label_counts[number])
+    for index in rng.choice(indices, size=batch_size):
+        others = [k for k in indices if prepared.pairs[k].patient != prepared.pairs[index].patient]
+        labels = np.arange(prepared.label_counts[index])
         if others and rng.random() < inter_subject_fraction:
-            drawn.append((rng.choice(others), number, labels[:1]))
+            drawn.append((rng.choice(others), index, labels[:1]))
         else:
-            drawn.append((number, number, rng.permutation(labels)[:labels_per_pair] if labels_per_pair else labels))
+            drawn.append((index, index, rng.permutation(labels)[:labels_per_pair] if labels_per_pair else labels))
     return drawn
 
 
@@ -338,8 +338,8 @@ def read_drawn(prepared, moving, fixed, chosen):
     """One pair of a batch: of the chosen labels those count that lie on both network grids."""
     size, pair = max(prepared.label_counts), {}
     mask = np.isin(np.arange(size), chosen)
-    for side, number in (("moving", moving), ("fixed", fixed)):
-        arrays, count = prepared[number], prepared.label_counts[number]
+    for side, index in (("moving", moving), ("fixed", fixed)):
+        arrays, count = prepared[index], prepared.label_counts[index]
         stored = arrays[f"{side}_labels"]
         mask[:count] &= stored.any(axis=(0, 1, 2))
         labels = np.zeros((*stored.shape[:3], size), np.float32)
@@ -348,6 +348,6 @@ def read_drawn(prepared, moving, fixed, chosen):
     return pair | {"mask": mask.astype(np.float32)}
 
 
-def whole_pair(prepared, number):
+def whole_pair(prepared, index):
     """One pair with all of its labels, as a batch of one."""
-    return read_batch(prepared, [(number, number, np.arange(prepared.label_counts[number]))])
+    return read_batch(prepared, [(index, index, np.arange(prepared.label_counts[index]))])

@@ -60,7 +60,7 @@ def main():
 
         # -- Predict: images in, DDF out, both on the network grid
         ddf = predict(network, network_moving.image[None], network_fixed.image[None], affines)
-        unlikeness = outliers.unlikeness(signatures, reference, network_moving.image, network_fixed.image)
+        outlier_score = outliers.outlier_score(signatures, reference, network_moving.image, network_fixed.image)
 
         # -- Warp: the original volumes, each resampled once, onto the fixed image's own grid
         fields, warped, displacement = {"before": np.zeros_like(ddf), "after": ddf}, {}, None
@@ -71,7 +71,7 @@ def main():
         # -- Measure: where there are labels
         stored_labels = labels_to_store(moving, warped["after"], displacement)
         case_rows = report.measure_pair(pair.case, moving, fixed, warped, fields, geometry, stored_labels)
-        case_rows[0]["unlikeness"] = outliers.warn_if_unlike(pair.case, unlikeness)
+        case_rows[0]["outlier_score"] = outliers.warn_of_outlier(pair.case, outlier_score)
         rows += case_rows
 
         # -- Write: volumes and fields, points, a picture

@@ -51,13 +51,14 @@ def multi_scale(loss, warped, fixed, scales):
 
     scales: standard deviations in voxels, 0 = the label as it is. Returns (B, L).
     """
-    count, warped, fixed = fixed.shape[-1], channels_to_batch(warped), channels_to_batch(fixed)  # one channel is faster
+    count = fixed.shape[-1]
+    warped, fixed = channels_to_batch(warped), channels_to_batch(fixed)  # one channel is smoothed faster than many
     values = [loss(smooth(warped, sigma), smooth(fixed, sigma)) for sigma in scales]
     return tf.reshape(tf.add_n(values) / len(values), [-1, count])
 
 
 def masked_mean(values, mask):
-    """Mean over the labels that count, then over pairs. values, mask: (B, L), mask 1 = counts. Scalar."""
+    """Mean over a pair's labels whose mask is 1 (0 if there are none), then over pairs. Both (B, L). Scalar."""
     per_pair = tf.reduce_sum(values * mask, 1) / tf.maximum(tf.reduce_sum(mask, 1), 1)
     return tf.reduce_mean(per_pair)
 
@@ -70,14 +71,14 @@ STENCILS = np.array([[0, 1, 0], [-0.5, 0, 0.5], [1, -2, 1]])  # of the value, th
 def derivatives(ddf, *orders):
     """Central differences of each component in the interior, one tensor (B * 3, X-2, Y-2, Z-2, 1) for each order.
 
-    An order is of x, y and z, such as (1, 0, 1) for dxz.
+    orders: each a tuple for x, y and z, such as (1, 0, 1) for dxz.
     """
 
-    def matrix(size, axis_order):
-        return sum(weight * np.eye(size - 2, size, k) for k, weight in enumerate(STENCILS[axis_order]))
+    def matrix(size, order):
+        return sum(weight * np.eye(size - 2, size, shift) for shift, weight in enumerate(STENCILS[order]))
 
     components, shape = channels_to_batch(ddf), ddf.shape[1:4]
-    return [apply_along_axes(components, [matrix(n, o) for n, o in zip(shape, order, strict=True)]) for order in orders]
+    return [apply_along_axes(components, map(matrix, shape, order)) for order in orders]
 
 
 def gradient_l1(ddf):

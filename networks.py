@@ -1,8 +1,8 @@
 """Networks: a moving and a fixed image in, a dense displacement field (DDF) out. No network ever sees a label.
 
-Each builder returns a Keras model: [moving (B, MX, MY, MZ, 1), fixed (B, X, Y, Z, 1)] -> ddf (B, X, Y, Z, 3) in voxels.
-warped(i) = moving(i + offset + ddf(i)), where the offset lays the centres of the two grids over each other. Training
-starts from a DDF of zero. README, "Networks"; Hu et al. ISBI 2018, arXiv 1711.01666.
+Each of NETWORKS builds a Keras model: [moving (B, MX, MY, MZ, 1), fixed (B, X, Y, Z, 1)] -> ddf (B, X, Y, Z, 3), in
+voxels. warped(i) = moving(i + offset + ddf(i)), where the offset lays the centres of the two grids over each other.
+Training starts from a DDF of zero. README, "Networks"; Hu et al. ISBI 2018, arXiv 1711.01666.
 """
 
 import keras
@@ -18,7 +18,7 @@ LOCAL_DEPTH, GLOBAL_DEPTH = 4, 3  # levels of the U-Nets, from half the resoluti
 KEYPOINTS = 16  # corresponding points that GlobalNet finds; an affine needs 4
 PLACE_RADIUS = 5  # voxels, of the sphere on which the keypoints start
 BUMP_WIDTH = 8  # voxels, standard deviation of the Gaussian added to each heat map: wide, so learnt scores outweigh it
-RIDGE = 2 * KEYPOINTS  # voxel^2, of fit_affine(): 2 for each point, whose squared distance starts at 25; see there
+RIDGE = 2 * KEYPOINTS  # voxel^2, how strongly fit_affine() holds the affine near the identity: 2 for each point
 
 # -- Blocks --------------------------------------------------------------------------------------------------------
 
@@ -72,10 +72,12 @@ def u_net(x, channels, depth, dropout, name):
     """
     x, skips = convolution(x, channels, strides=2, activation="leaky_relu"), []
     for level in range(depth):
-        x = layers.MaxPool3D(2, padding="same")(x) if level else x
+        if level:
+            x = layers.MaxPool3D(2, padding="same")(x)
         x = residual_block(convolution(x, min(channels * 2**level, MAX_CHANNELS), activation="leaky_relu"))
         skips.append(x)
-    features = [layers.SpatialDropout3D(dropout, name=f"{name}_features")(skips.pop())]
+    *skips, coarsest = skips
+    features = [layers.SpatialDropout3D(dropout, name=f"{name}_features")(coarsest)]  # outliers.py looks for the name
     for skip in reversed(skips):
         features.append(up_block(features[-1], layers.SpatialDropout3D(dropout / 2)(skip)))
     return features
@@ -99,7 +101,7 @@ def local_ddf(moving, fixed, channels, dropout):
 # -- GlobalNet: corresponding points, and the affine that fits them --------------------------------------------------
 
 
-def keypoints(image, channels, dropout, name):
+def find_keypoints(image, channels, dropout, name):
     """Find K points in one image (B, X, Y, Z, 1): (B, K, 3), in voxels from its centre.
 
     The finest features of a U-Net give K heat maps. Convolutions are translation-equivariant: where the organ moves,
@@ -113,22 +115,20 @@ def heat_map_priors(shape, count):
     """Where each of K points starts: grid (X, Y, Z, 3), places (K, 3), log_bumps (X, Y, Z, K).
 
     From zero scores alone, all K points would start as one and get the same gradient. So each starts in a place of its
-    own, with a Gaussian bump there. All are in voxels of the image from its centre; a heat-map voxel is two wide.
+    own, with a Gaussian bump there. All are in voxels of the image from its centre.
     """
-    grid = 2 * (reference_grid(shape) - (np.array(shape, np.float32) - 1) / 2)
+    grid = 2 * (reference_grid(shape) - (np.array(shape, np.float32) - 1) / 2)  # 2: heat maps have half the resolution
     z = 1 - (2 * np.arange(count) + 1) / count  # a Fibonacci lattice spreads points evenly over a sphere
     angle, r = np.pi * (1 + 5**0.5) * np.arange(count), np.sqrt(1 - z**2)
     places = PLACE_RADIUS * np.stack([r * np.cos(angle), r * np.sin(angle), z], axis=-1).astype(np.float32)
-    return grid, places, -tf.reduce_sum((grid[..., None, :] - places) ** 2, axis=-1) / (2 * BUMP_WIDTH**2)
+    log_bumps = -tf.reduce_sum((grid[..., None, :] - places) ** 2, axis=-1) / (2 * BUMP_WIDTH**2)
+    return grid, places, log_bumps
 
 
 def heat_map_points(scores):
-    """Heat maps (B, X/2, Y/2, Z/2, K) -> points (B, K, 3), in voxels from the volume's centre.
-
-    The label loss teaches that point k means the same spot in both images.
-    """
+    """Heat maps (B, X/2, Y/2, Z/2, K) -> points (B, K, 3), in voxels from the volume's centre."""
     grid, places, log_bumps = heat_map_priors(scores.shape[1:4], scores.shape[-1])
-    # The border shifts the means of the bumps. Their subtraction makes scores of zero give exactly the places.
+    # The border shifts the mean of each bump. Less that mean, scores of zero give exactly the places.
     return places + soft_argmax(scores + log_bumps, grid) - soft_argmax(log_bumps[None], grid)
 
 
@@ -139,14 +139,17 @@ def soft_argmax(scores, grid):
 
 
 def global_affine(moving, fixed, channels, dropout):
-    """Two images, each with a grid and a U-Net of its own -> affine (B, 3, 4) from fixed to moving, about centres."""
-    fixed_points = keypoints(fixed, channels, dropout, "fixed")
-    moving_points = keypoints(moving, channels, dropout, "moving")
+    """Two images, each with a grid and a U-Net of its own -> affine (B, 3, 4) from fixed to moving, about centres.
+
+    Nothing says which points to find. The label loss teaches that point k is the same spot in both images.
+    """
+    fixed_points = find_keypoints(fixed, channels, dropout, "fixed")
+    moving_points = find_keypoints(moving, channels, dropout, "moving")
     return lambda_layer(fit_affine, fixed_points, moving_points, ridge=RIDGE)
 
 
-def affine_ddf(affine, local=0.0, *, shape):
-    """First shift voxel i by local(i), then apply an affine (B, 3, 4); as one DDF: ddf(i) = A (i + local(i)) - i."""
+def compose_ddf(affine, local=0.0, *, shape):
+    """The DDF of two maps, voxel i first moved by local(i), then by an affine (B, 3, 4): A (i + local(i)) - i."""
     grid = reference_grid(shape)[None]
     return affine_transform(grid + local, affine, shape) - grid
 
@@ -171,16 +174,16 @@ def global_net(moving_shape, fixed_shape, channels, dropout):
     """GlobalNet alone: an affine."""
     images, moving, fixed = image_inputs(moving_shape, fixed_shape)
     affine = global_affine(moving, fixed, channels, dropout)
-    return keras.Model(images, lambda_layer(affine_ddf, affine, shape=fixed_shape))
+    return keras.Model(images, lambda_layer(compose_ddf, affine, shape=fixed_shape))
 
 
 def composite_net(moving_shape, fixed_shape, channels, dropout):
-    """GlobalNet first; LocalNet then sees the moving image as the affine has warped it."""
+    """GlobalNet, then LocalNet on the image as the affine has warped it. A voxel takes the other order."""
     images, moving, fixed = image_inputs(moving_shape, fixed_shape)
     affine = global_affine(moving, fixed, channels, dropout)
-    warped = lambda_layer(warp, moving, lambda_layer(affine_ddf, affine, shape=fixed_shape))
+    warped = lambda_layer(warp, moving, lambda_layer(compose_ddf, affine, shape=fixed_shape))
     local = local_ddf(warped, fixed, channels, dropout)
-    return keras.Model(images, lambda_layer(affine_ddf, affine, local, shape=fixed_shape))
+    return keras.Model(images, lambda_layer(compose_ddf, affine, local, shape=fixed_shape))
 
 
 NETWORKS = {"local": local_net, "global": global_net, "composite": composite_net}

@@ -31,13 +31,13 @@ from losses import LABEL_LOSSES, REGULARISERS, masked_mean, multi_scale
 from networks import NETWORKS
 
 WEIGHT_DECAY = 0.4  # each step shrinks every weight by this times the learning rate; it helps where pairs are few
-CLIP_NORM = 1.0  # largest norm of a batch's gradient, so that one odd batch cannot dominate the momentum
+CLIP_NORM = 1.0  # a batch's gradient is cut down to this norm, so that one odd batch cannot dominate the momentum
 
 
 def main():
     config = parse_config(TrainConfig)
     checkpoint.check_model_dir(config, load_config)
-    strategy, model_dir = devices.choose_strategy(config)  # model_dir: a scratch folder for all workers but the first
+    strategy, write_dir = devices.choose_strategy(config)  # write_dir: model_dir; scratch for all workers but the first
     keras.utils.set_random_seed(config.seed)
 
     # -- Data: pairs of images, each pair with as many labels as it happens to have
@@ -51,18 +51,18 @@ def main():
         network = NETWORKS[config.network](**config.network_options())
         optimizer = build_optimizer(config, network.trainable_variables)
     train = devices.on_all_replicas(strategy, partial(train_step, config, network, optimizer))
-    valid = tf.function(partial(valid_step, config, network), autograph=False)  # no Python branch to convert
+    valid = tf.function(partial(valid_step, config, network), autograph=False)  # no branch on a tensor to convert
 
     # -- Loop: next batch, step, progress; every `valid_every` steps validate and save
     state = checkpoint.TrainingState(valid_cases=[pair.case for pair in valid_pairs])
     variables = [*network.variables, *optimizer.variables]
     if config.resume:
         checkpoint.load_checkpoint(config.model_dir, train_pairs, variables, state)
-    files.write_text(model_dir / CONFIG_NAME, as_json(config))
-    cross_validation.write_patients(model_dir, train_pairs)
-    events = tf.summary.create_file_writer(str(model_dir))
+    files.write_text(write_dir / CONFIG_NAME, as_json(config))
+    cross_validation.write_patients(write_dir, train_pairs)
+    events = tf.summary.create_file_writer(str(write_dir))
     remaining = batches(config, prepared, train_indices, state.step)
-    progress = tqdm(remaining, "training", config.steps, initial=state.step, unit="step", disable=None)
+    progress = tqdm(remaining, desc="training", total=config.steps, initial=state.step, unit="step", disable=None)
     with checkpoint.defer_signals() as signals:
         for batch, cases in progress:
             result = train(batch)
@@ -71,14 +71,14 @@ def main():
             is_validation_step = state.step % config.valid_every == 0 or state.step == config.steps
             if is_validation_step:
                 state.add_history_row([valid(helpers.whole_pair(prepared, index)) for index in valid_indices])
-                report.write_history(model_dir, state.history, events)
-                checkpoint.save_weights(network, model_dir, state)
+                report.write_history(write_dir, state.history, events)
+                checkpoint.save_weights(network, write_dir, state)
             if is_validation_step or signals:
-                checkpoint.save_checkpoint(model_dir, variables, state)
+                checkpoint.save_checkpoint(write_dir, variables, state)
             if signals:
                 print(f"stopped after step {state.step}; to continue, repeat the command with --resume")
                 sys.exit(128 + signals[0])
-    outliers.write_reference(model_dir, network, prepared, train_indices, [*valid_indices, *held_out_indices])
+    outliers.write_reference(write_dir, network, prepared, train_indices, [*valid_indices, *held_out_indices])
     checkpoint.print_next_command(config, state)
 
 
@@ -108,9 +108,9 @@ def sample_batch(config, prepared, indices, step):
 
 
 def draw_augmentation(config, rng):
-    """Transform and intensity change of each image of a batch. Both images of a pair are mirrored, or neither is."""
-    mirror, augmentation = rng.choice([-1, 1], config.batch_size), {}
-    elastic = config.elastic_augmentation / config.voxel_size  # mm to voxels
+    """{"moving_transform", "moving_intensity", ...: keyword arguments}; a pair is mirrored as a whole or not at all."""
+    mirror = rng.choice([-1, 1], config.batch_size)
+    elastic, augmentation = config.elastic_augmentation / config.voxel_size, {}  # mm to voxels
     for side, shape in (("moving", config.moving_shape), ("fixed", config.fixed_shape)):
         affine = utils.random_affine(rng, len(mirror), shape, config.affine_augmentation, config.mirror_axis, mirror)
         transform, intensity = utils.random_augmentation(rng, affine, elastic, config.intensity_augmentation)
@@ -119,14 +119,14 @@ def draw_augmentation(config, rng):
 
 
 def batches(config, prepared, indices, steps_done):
-    """One batch for each step that is still to come. The next one is read while a step computes."""
+    """(batch, cases) for each step that is still to come. The next one is read while a step computes."""
     sample = partial(sample_batch, config, prepared, indices)
     with ThreadPoolExecutor(1) as reader:
-        waiting = reader.submit(sample, steps_done)
+        upcoming = reader.submit(sample, steps_done)
         for step in range(steps_done, config.steps):
-            batch = waiting.result()
-            waiting = reader.submit(sample, step + 1)
-            yield batch
+            result = upcoming.result()
+            upcoming = reader.submit(sample, step + 1)
+            yield result
 
 
 # -- One step ------------------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def build_optimizer(config, variables):
 
 
 def train_step(config, network, optimizer, batch):
-    """Augment, predict, warp the labels, compare, descend. Points: where to read a voxel; mask (B, L): 1 = a label."""
+    """Augment, predict, warp the labels, compare, descend. mask (B, L): 1 where a label counts, 0 where it does not."""
     moving_points = utils.augmented_points(config.moving_shape, **batch["moving_transform"])
     fixed_points = utils.augmented_points(config.fixed_shape, **batch["fixed_transform"])
     moving_image = utils.resample(batch["moving_image"], moving_points)
@@ -156,8 +156,8 @@ def train_step(config, network, optimizer, batch):
     fixed_labels = utils.resample(batch["fixed_labels"], fixed_points)
     with tf.GradientTape() as tape:
         ddf = network([moving_image, fixed_image], training=True)
-        points = utils.warp_points(moving_points, ddf)  # DDF, then augmentation: labels are resampled once
-        warped_labels = utils.resample(batch["moving_labels"], points)
+        label_points = utils.warp_points(moving_points, ddf)  # by the DDF, then by the augmentation: one resampling
+        warped_labels = utils.resample(batch["moving_labels"], label_points)
         result = compute_loss(config, warped_labels, fixed_labels, batch["mask"], ddf)
     gradients = tape.gradient(result["loss"], network.trainable_variables)
     norm = devices.apply_gradients(optimizer, gradients, network.trainable_variables, CLIP_NORM)
@@ -172,17 +172,17 @@ def valid_step(config, network, batch):
 
 
 def compute_loss(config, warped_labels, fixed_labels, mask, ddf):
-    """loss = label_loss + regulariser_weight * regularisation; and Dice and centroid distance (tre), to be read."""
+    """loss = label_loss + regulariser_weight * regularisation. Dice and tre (centroid distance, mm) are only logged."""
     label_losses = multi_scale(LABEL_LOSSES[config.similarity], warped_labels, fixed_labels, config.similarity_scales)
     label_loss = masked_mean(label_losses, mask)
     regularisation = REGULARISERS[config.regulariser](ddf)
-    dice_scores, distances = utils.label_metrics(tf.stop_gradient(warped_labels), fixed_labels)
+    dice_scores, distances = utils.label_metrics(warped_labels, fixed_labels)
     return {
         "loss": label_loss + config.regulariser_weight * regularisation,
         "label_loss": label_loss,
         "regularisation": regularisation,
         "dice": masked_mean(dice_scores, mask),
-        "tre": masked_mean(distances, mask) * config.voxel_size,  # distance of centroids, in mm
+        "tre": masked_mean(distances, mask) * config.voxel_size,
     }
 
 

@@ -1,7 +1,7 @@
 """Coordinates, resampling, augmentation and metrics: pure functions.
 
 Shapes: B batch; X, Y, Z fixed grid; MX, MY, MZ moving grid; L labels; C channels. Coordinates and displacements are in
-voxels, in index order ("ij"), unless a name or a docstring says mm. README, "Multimodal image registration".
+voxels, in index order ("ij"), unless a name or a docstring says mm. README, "What a displacement field says".
 """
 
 from concurrent.futures import ThreadPoolExecutor

@@ -2,7 +2,7 @@
 
 A signature of each image, how GlobalNet's points lie to each other and what the coarsest features are on average, has a
 Mahalanobis distance from those of the training pairs (Lee et al. 2018, arXiv 1807.03888). Pairs that the training held
-out say how large it may be. Above that limit, the `unlikeness` of a pair is above 1.
+out say how large it may be. Above that limit, the outlier score of a pair is above 1.
 """
 
 import zipfile
@@ -11,7 +11,7 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from extras.checkpoint import load_weights
+from extras.checkpoint import WEIGHTS, load_weights
 from extras.errors import InputError
 from extras.files import atomic_write, warn
 
@@ -48,7 +48,8 @@ def mahalanobis(signatures, mean, scale, precision):
 
 def write_reference(model_dir, network, prepared, train_indices, held_out_indices):
     """Keep beside the best weights how they see the training pairs, and the limit that held-out pairs give."""
-    if min(len(train_indices), len(held_out_indices)) < FEWEST:
+    has_weights = (Path(model_dir) / WEIGHTS["best"]).exists()  # a resumed worker's scratch folder may have none
+    if not has_weights or min(len(train_indices), len(held_out_indices)) < FEWEST:
         return
     load_weights(network, model_dir, "best")
     model, reference = signature_model(network), {}
@@ -82,7 +83,7 @@ def read_reference(model_dir):
         raise InputError(f"{path}: cannot be read ({error}); expected the file that train.py wrote") from None
 
 
-def unlikeness(model, reference, moving_image, fixed_image):
+def outlier_score(model, reference, moving_image, fixed_image):
     """Distance of a pair from the training as a share of the limit; NaN without a reference.
 
     model: of `signature_model`; images (MX, MY, MZ, 1) and (X, Y, Z, 1).
@@ -93,8 +94,8 @@ def unlikeness(model, reference, moving_image, fixed_image):
     return max(mahalanobis(signature(outputs[n]), *known)[0] / limit for n, (*known, limit) in reference.items())
 
 
-def warn_if_unlike(case, value):
-    """Name the pair if its unlikeness is above 1; returns that."""
+def warn_of_outlier(case, value):
+    """Name the pair if its outlier score is above 1; returns that."""
     if value > 1:
-        warn(f"{case}: unlike the training pairs, at {value:.1f} times the usual distance; look at the result")
+        warn(f"{case}: an outlier, unlike the training pairs (score {value:.2f}, limit 1); look at the result")
     return value

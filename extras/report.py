@@ -48,7 +48,7 @@ MEASURES = {  # columns of metrics.csv, before and after registration -> title, 
 TIMES = "before", "after"
 BEST = ["true_error_best_shift_mm", "true_error_best_affine_mm"]  # what these two would leave of the true displacement
 MEASURED = [name.format(when) for name in MEASURES for when in TIMES]
-COLUMNS = ["case", "label", *MEASURED, "folded_percent", "lost", "unlikeness", *BEST]
+COLUMNS = ["case", "label", *MEASURED, "folded_percent", "lost", "outlier_score", *BEST]
 
 
 def claim_folders(output_dir, pairs):
@@ -177,10 +177,10 @@ def summarise(table):
     if table["label"].notna().any():
         lines.append(f"labels that are not in warped_labels.nii.gz: {len(lost)} of {table['label'].notna().sum()}")
     lines += [f"  {row.case}, label {row.label:.0f}: {row.lost}" for row in lost.itertuples()]
-    if table["unlikeness"].notna().any():  # there were held-out pairs to judge by
-        unlike = table[table["unlikeness"] > 1]
-        lines.append(f"pairs unlike those of the training, to be looked at: {len(unlike)}")
-        lines += [f"  {row.case}: {row.unlikeness:.1f} times the usual distance" for row in unlike.itertuples()]
+    if table["outlier_score"].notna().any():  # there were held-out pairs to judge by
+        outliers = table[table["outlier_score"] > 1]
+        lines.append(f"outliers, unlike the training pairs, to be looked at: {len(outliers)}")
+        lines += [f"  {row.case}: outlier score {row.outlier_score:.2f}, limit 1" for row in outliers.itertuples()]
     folded = table["folded_percent"]
     lines.append(f"voxels folded: {folded.mean():.4f} % on average, {folded.max():.4f} % at worst")
     return "\n".join(lines) + "\n"
@@ -189,9 +189,9 @@ def summarise(table):
 def summarise_pair(case, table):
     """The measures of one pair in a line: its name, and each median before and after."""
     medians = {title: values.median() for title, values in measured(table).items()}
-    unlike = ["UNLIKE THE TRAINING"] if (table["unlikeness"] > 1).any() else []
+    warning = ["OUTLIER"] if (table["outlier_score"] > 1).any() else []
     parts = [f"{title} {m['before']:.2f} → {m['after']:.2f}" for title, m in medians.items()]
-    return "; ".join([case, *unlike, *parts])
+    return "; ".join([case, *warning, *parts])
 
 
 # -- Pictures ----------------------------------------------------------------------------------------------------
@@ -244,6 +244,7 @@ def plot_boxes(path, measures):
 def plot_overview(path, title, volumes, ddf, voxel_size):
     """Three orthogonal slices of a registered pair: fixed image, moving image before and after, and the deformation.
 
+    Right and front are on the left, as in 3D Slicer.
     volumes: Volumes "fixed", "before" and "after" on the fixed image's own grid, with or without labels; ddf: (X, Y, Z,
     3), on the network grid, in voxels of `voxel_size` mm.
     """
@@ -288,7 +289,7 @@ def plot_overview(path, title, volumes, ddf, voxel_size):
                 ):
                     if label.max() > 0.5:
                         axis.contour(label.T, [0.5], extent=extent, origin="lower", linewidths=1.2, **style)
-            axis.set(xticks=[], yticks=[], xlim=extent[:2], ylim=extent[2:], aspect="equal")
+            axis.set(xticks=[], yticks=[], xlim=extent[1::-1], ylim=extent[2:], aspect="equal")
             axis.set_title(heading if name == "axial" else "", fontsize=11)
     bar = figure.colorbar(change, ax=axes[:, 3], ticks=[0.5, 0.7, 1, 1.4, 2], format="%.1f", shrink=0.6)
     bar.ax.minorticks_off()
@@ -339,7 +340,7 @@ def viewer(volumes):
             for label in np.moveaxis(labels[shown], -1, 0):
                 inside = ndimage.zoom(label, factor, order=1, grid_mode=True, mode="nearest") > 0.5
                 panel[inside & ~ndimage.binary_erosion(inside, in_plane)] = colour
-        panels.append(np.moveaxis(panel, (2, 1), (0, 1))[:, ::-1])  # slice, row from the top, column, colour
+        panels.append(np.moveaxis(panel, (2, 1), (0, 1))[:, ::-1, ::-1])  # slice, row from A, column from R, colour
     slices, height, width, _ = (tall := np.concatenate(panels, axis=2)).shape
     Image.fromarray(tall.reshape(-1, width, 3)).save(picture := io.BytesIO(), "JPEG", quality=85, subsampling=0)
     middle = f"0 {100 * (slices // 2) / (slices - 1)}%"

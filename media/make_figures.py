@@ -51,13 +51,13 @@ def load_pair(voxel_size=CONFIG.voxel_size, moving_shape=CONFIG.moving_shape, fi
 
 
 def show(axis, image, labels=(), colours=()):
-    """An axial slice (X, Y) in grey, and outlines of labels."""
+    """An axial slice (X, Y) in grey, the patient's right on the left, and outlines of labels."""
     low, high = intensity_limits(image)
     axis.imshow(image.T, cmap="gray", origin="lower", vmin=low, vmax=high)
     for label, colour in zip(labels, colours, strict=True):
         if label.max() > 0.5 > label.min():
-            axis.contour(label.T, [0.5], colors=colour, linewidths=1.5)
-    axis.set(xticks=[], yticks=[])
+            axis.contour(label.T, [0.5], colors=colour, linewidths=1.5, linestyles="--" if colour == ORANGE else "-")
+    axis.set(xticks=[], yticks=[], xlim=(len(image) - 0.5, -0.5), ylim=(-0.5, image.shape[1] - 0.5))
 
 
 def save(figure, name):
@@ -79,28 +79,24 @@ def similarity():
         measures["Dice of the gland"].append(1 - losses.dice_loss(label[None], fixed.labels[None])[0, 0].numpy())
     image = utils.warp(moving.image[None], truth)[0, ..., 0].numpy()
     middle = round(ndimage.center_of_mass(fixed.labels[..., 0])[2])
-    figure, axes = plt.subplots(1, 4, figsize=(15, 3.6), layout="constrained", width_ratios=(1, 1, 1.1, 1.9))
-    for axis, volume, title in zip(
-        axes, (fixed.image[..., 0], image), ("ultrasound", "MR, truly aligned"), strict=False
-    ):
-        show(axis, volume[..., middle], [fixed.labels[..., middle, 0]], [GREEN])
-        axis.set_title(title)
-    axes[2].hist2d(image.ravel(), fixed.image.ravel(), bins=48, norm="log", cmap="magma")
-    axes[2].set(title="how often two intensities meet", xlabel="MR, truly aligned", ylabel="ultrasound")
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained", width_ratios=(1, 1, 2.4))
+    show(axes[0], fixed.image[..., middle, 0], [fixed.labels[..., middle, 0]], [GREEN])
+    show(axes[1], image[..., middle], [fixed.labels[..., middle, 0]], [GREEN])
+    axes[0].set_title("ultrasound")
+    axes[1].set_title("MR, truly aligned")
     for (name, values), colour in zip(measures.items(), (RED, ORANGE, GREEN), strict=True):
         values = (np.array(values) - min(values)) / np.ptp(values)
-        axes[3].plot(shifts, values, color=colour, label=name, linewidth=3 if "Dice" in name else 1.5)
-        axes[3].plot(shifts[values.argmax()], 1, "o", color=colour)
-    axes[3].axvline(0, color="grey", linewidth=0.8)
-    axes[3].set(title="similarity (0 = least, 1 = most)", xlabel="displacement, front to back (mm)")
-    axes[3].legend(loc="upper left", bbox_to_anchor=(1, 1))
+        axes[2].plot(shifts, values, color=colour, label=name, linewidth=3 if "Dice" in name else 2)
+    axes[2].axvline(0, color="grey", linewidth=0.8)
+    axes[2].set(title="similarity, each from its least (0) to its most (1)", xlabel="MR moved from the truth (mm)")
+    axes[2].legend(loc="upper right")
     save(figure, "similarity.png")
 
 
 def batch():
     """README, "Data": one batch as the network gets it, and the labels that only the loss sees."""
     prepared = helpers.PreparedPairs(helpers.find_pairs(EXAMPLE_DIR / "train")[:20], *CONFIG.grid_options())
-    arrays, cases = train.sample_batch(CONFIG, prepared, range(20), step=3)
+    arrays, cases = train.sample_batch(CONFIG, prepared, range(20), step=4)
     figure, axes = plt.subplots(2, CONFIG.batch_size, figsize=(11, 6), layout="constrained")
     for row, side, shape in zip(axes, ("moving", "fixed"), (CONFIG.moving_shape, CONFIG.fixed_shape), strict=True):
         points = utils.augmented_points(shape, **arrays[f"{side}_transform"])
@@ -111,8 +107,9 @@ def batch():
             count = round(mask.sum())
             show(axis, image[:, :, middle, 0], label[:, :, middle, :count].transpose(2, 0, 1), [GREEN] * count)
         row[0].set_ylabel(f"{side} image\n{' x '.join(map(str, shape))} voxels", fontsize=12)
-    for axis, case in zip(axes[0], cases.split(", "), strict=True):
-        axis.set_title(case.replace("train", "patient "), fontsize=11)
+    for column, case in zip(axes.T, cases.split(", "), strict=True):
+        for axis, patient in zip(column, case.split(" to "), strict=True):
+            axis.set_title(patient.replace("train", "patient "), fontsize=11)
     save(figure, "batch.png")
 
 
@@ -140,14 +137,17 @@ def ddf():
             axis.plot(*end[:2], "x", color=ORANGE, markersize=13, markeredgewidth=3)
             low, high = np.minimum(start, end)[:2] - 1.5, np.maximum(start, end)[:2] + 1.5
             centre, half = (low + high) / 2, max(high - low) / 2
-            axis.set(xlim=(centre[0] - half, centre[0] + half), ylim=(centre[1] - half, centre[1] + half))
+            axis.set(xlim=(centre[0] + half, centre[0] - half), ylim=(centre[1] - half, centre[1] + half))
+    axes[1].indicate_inset((*(centre - half), 2 * half, 2 * half), edgecolor="white", alpha=1)
     axes[1].set_title("moving image: from i + offset (square)\nalong ddf(i) (arrow)", fontsize=12)
-    axes[2].set_title("the value there (cross) is interpolated\nfrom the voxels around it (dots)", fontsize=12)
+    axes[2].set_title(
+        "the value there (cross) is interpolated from the\nvoxels around it (dots: those on this slice)", fontsize=12
+    )
     save(figure, "ddf.png")
 
 
 def keypoints():
-    """README, "Networks": heat maps of three of GlobalNet's points, and all points, on a test pair."""
+    """README, "Networks": heat maps of three of GlobalNet's points, and every third point, on a test pair."""
     moving, fixed, _ = load_pair()
     network = networks.NETWORKS[CONFIG.network](**CONFIG.network_options())
     load_weights(network, "model", "best")
@@ -163,7 +163,7 @@ def keypoints():
         heat = tf.nn.softmax(tf.reshape(scores[0] + log_bumps, [-1, networks.KEYPOINTS]), axis=0)
         heat = tf.reshape(heat, scores.shape[1:]).numpy()
         points = points[0].numpy() + (shape - 1) / 2
-        for axis, k in zip(row, (0, networks.KEYPOINTS // 2, networks.KEYPOINTS - 1), strict=False):
+        for axis, k in zip(row, (0, 6, 15), strict=False):
             show(axis, volume.image[:, :, round(points[k, 2]), 0])
             extent = (-0.5, shape[0] - 0.5, -0.5, shape[1] - 0.5)
             flat = heat[..., k].sum(axis=2)
@@ -171,10 +171,10 @@ def keypoints():
             axis.plot(*points[k, :2], "o", color=colours[k], markeredgecolor="white", markersize=9)
             axis.set_title(f"heat map {k + 1}" if name == "fixed" else "", fontsize=12)
         show(row[3], volume.image[:, :, middle, 0], [volume.labels[:, :, middle, 0]], [GREEN])
-        for k, point in enumerate(points):
-            row[3].plot(*point[:2], "o", color=colours[k], markeredgecolor="white")
-            row[3].annotate(str(k + 1), point[:2], (3, 3), textcoords="offset points", color="white", fontsize=8)
-        row[3].set_title("all points, on one slice" if name == "fixed" else "", fontsize=12)
+        for k in range(0, networks.KEYPOINTS, 3):
+            row[3].plot(*points[k, :2], "o", color=colours[k], markeredgecolor="white")
+            row[3].annotate(k + 1, points[k, :2], (4, 4), textcoords="offset points", color="white", fontsize=11)
+        row[3].set_title("six of the points, on one slice" if name == "fixed" else "", fontsize=12)
         row[0].set_ylabel(f"{name} image", fontsize=12)
     save(figure, "keypoints.png")
 
@@ -184,14 +184,14 @@ def scales():
     moving, fixed, _ = load_pair()
     warped = utils.warp(moving.labels[None], tf.zeros((1, *CONFIG.fixed_shape, 3))).numpy()
     smallest = 1 + fixed.labels.sum(axis=(0, 1, 2))[1:].argmin()
-    figure, axes = plt.subplots(1, len(CONFIG.similarity_scales), figsize=(12, 3.8), layout="constrained")
+    figure, axes = plt.subplots(1, len(CONFIG.similarity_scales), figsize=(12, 4), layout="constrained")
     for axis, sigma in zip(axes, CONFIG.similarity_scales, strict=True):
         labels = [np.array(utils.smooth(v, sigma))[0, ..., smallest].max(axis=2) for v in (warped, fixed.labels[None])]
-        red, green = (label / label.max() for label in labels)
-        axis.imshow(np.stack([red, green, 0 * red], axis=-1).transpose(1, 0, 2), origin="lower")
+        first, second = (label / label.max() for label in labels)
+        axis.imshow(np.stack([first, second, first], axis=-1).transpose(1, 0, 2), origin="lower")
         loss = losses.multi_scale(losses.dice_loss, warped, fixed.labels[None], [sigma])[0, smallest]
         scale = f"{sigma * CONFIG.voxel_size:g} mm" if sigma else "as they are"
-        axis.set(title=f"{scale}\nDice loss {loss:.2f}", xticks=[], yticks=[])
+        axis.set(title=f"{scale}\nDice loss {loss:.2f}", xticks=[], yticks=[], xlim=(len(first) - 0.5, -0.5))
     save(figure, "scales.png")
 
 
@@ -202,19 +202,17 @@ def distance():
     def landmark(x):
         return np.clip(2 - np.linalg.norm(grid - [x, 7.5, 7.5], axis=-1), 0, 1).astype(np.float32)[None, ..., None]
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(9, 3.6), layout="constrained")
     voxels = np.arange(14)  # whole ones, so that a landmark looks the same everywhere
     for (name, loss), colour in zip(losses.LABEL_LOSSES.items(), (GREEN, BLUE, RED, "grey"), strict=True):
-        for scales, sigmas, style in (("one scale", (0,), ":"), ("all scales", CONFIG.similarity_scales, "-")):
+        for scales, sigmas, style in (("all scales", CONFIG.similarity_scales, "-"), ("one scale", (0,), ":")):
             values = [losses.multi_scale(loss, landmark(15 + n), landmark(15), sigmas)[0, 0].numpy() for n in voxels]
             share = (np.array(values) - values[0]) / (values[-1] - values[0])
-            for axis, line in zip(axes, (share, np.gradient(share)), strict=True):
-                axis.plot(voxels * CONFIG.voxel_size, line, style, color=colour, label=f"{name}, {scales}", linewidth=2)
-    titles = "loss (0 = together, 1 = far apart)", "its slope: the pull per voxel"
-    for axis, title in zip(axes, titles, strict=True):
-        axis.set(title=title, xlabel=f"mm between two landmarks of about {3 * CONFIG.voxel_size:g} mm")
-        axis.grid(alpha=0.3)
-    axes[1].legend(loc="upper left", bbox_to_anchor=(1, 1))
+            axis.plot(voxels * CONFIG.voxel_size, share, style, color=colour, label=f"{name}, {scales}", linewidth=2)
+    axis.set_xlabel(f"distance of two landmarks, each about {3 * CONFIG.voxel_size:g} mm wide (mm)")
+    axis.set_ylabel("loss (1 = far apart)")
+    axis.grid(alpha=0.3)
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     save(figure, "distance.png")
 
 
@@ -251,12 +249,11 @@ def weight():
         points = (utils.reference_grid(folded.shape).numpy() + field - field.mean(axis=(0, 1, 2)))[:, :, middle, :2]
         lines = [*points[::2], *np.swapaxes(points, 0, 1)[::2]]
         axis.add_collection(LineCollection(lines, colors=BLUE, linewidths=0.8))
-        axis.plot(*np.argwhere(folded[:, :, middle]).T, "x", color=RED, markersize=5)
+        axis.plot(*points[folded[:, :, middle]].T, "x", color=RED, markersize=5)
         overlap = utils.dice_score(warped[..., 0] >= 0.5, fixed.labels[..., 0] >= 0.5)
         mm = np.diag([CONFIG.voxel_size] * 3 + [1])
         tre = [utils.target_registration_error(warped[..., k], fixed.labels[..., k], mm) for k in range(1, count)]
-        measures = f"Dice {overlap:.2f}, TRE {np.mean(tre):.1f} mm, {100 * folded.mean():.1f} % folded (red)"
-        axis.set(xlim=(-0.5, folded.shape[0] - 0.5), ylim=(-0.5, folded.shape[1] - 0.5))
+        measures = f"Dice {overlap:.2f}, TRE {np.mean(tre):.1f} mm, {100 * folded.mean():.1f} % folded"
         axis.set_title(f"weight {size:g}: {name}\n{measures}", fontsize=11)
     save(figure, "weight.png")
 

@@ -71,7 +71,7 @@ def main():
         inputs[f"moving image rotated by 90 degrees about {name}"] = [(rotated(m, axes), f) for m, f in pairs]
         inputs[f"fixed image rotated by 90 degrees about {name}"] = [(m, rotated(f, axes)) for m, f in pairs]
     for kind, images in inputs.items():
-        values = np.array([outliers.unlikeness(model, reference, *pair) for pair in images])
+        values = np.array([outliers.outlier_score(model, reference, *pair) for pair in images])
         if len(values):
             print(f"{kind:<60}{100 * (values > 1).mean():4.0f} %   median {np.median(values):.2f}")
 

@@ -53,19 +53,19 @@ def test_a_pair_of_the_same_kind_is_usual_and_noise_is_not(case, rng):
     model, reference = outliers.signature_model(network), outliers.read_reference(folder)
     assert set(reference) == {"moving_features", "fixed_features", "moving_points", "fixed_points"}
     images = [prepared[28][f"{side}_image"].astype(np.float32) for side in ("moving", "fixed")]
-    assert 0 < outliers.unlikeness(model, reference, *images) < 1
+    assert 0 < outliers.outlier_score(model, reference, *images) < 1
     for side in (0, 1):
         noisy = list(images)
         noisy[side] = rng.random(images[side].shape, np.float32)
-        assert outliers.unlikeness(model, reference, *noisy) > 1
+        assert outliers.outlier_score(model, reference, *noisy) > 1
 
 
 def test_the_warning_names_the_pair(capsys):
-    outliers.warn_if_unlike("usual", 0.9)
-    outliers.warn_if_unlike("no_reference", np.nan)
+    outliers.warn_of_outlier("usual", 0.9)
+    outliers.warn_of_outlier("no_reference", np.nan)
     assert not capsys.readouterr().out
-    outliers.warn_if_unlike("strange", 3.25)
-    assert "strange: unlike the training pairs, at 3.2 times" in capsys.readouterr().out
+    outliers.warn_of_outlier("strange", 3.25)
+    assert "strange: an outlier, unlike the training pairs (score 3.25" in capsys.readouterr().out
 
 
 def test_without_held_out_pairs_nothing_is_judged(case, tmp_path, capsys):
@@ -73,7 +73,13 @@ def test_without_held_out_pairs_nothing_is_judged(case, tmp_path, capsys):
     outliers.write_reference(tmp_path, network, prepared, range(20), [])
     reference = outliers.read_reference(tmp_path)
     assert "no reference to judge by" in capsys.readouterr().out
-    assert np.isnan(outliers.unlikeness(outliers.signature_model(network), reference, None, None))
+    assert np.isnan(outliers.outlier_score(outliers.signature_model(network), reference, None, None))
+
+
+def test_a_worker_without_weights_leaves_the_reference_to_the_first_one(case, tmp_path):
+    network, _, prepared = case
+    outliers.write_reference(tmp_path, network, prepared, range(20), range(20, 28))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_damaged_reference_is_one_line(tmp_path):

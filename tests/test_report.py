@@ -82,7 +82,7 @@ def test_the_viewer_shows_each_slice_of_each_volume_with_its_outlines(volumes):
         background = pictures[:, 0, 0, 0, 0]
         assert (np.diff(background)[2:-2] > 0).all()  # from the lowest slice, which is darkest here, upwards
         rows, columns = np.nonzero(middle[:, 1, :, 0] > 220)
-        assert has_labels or (abs(columns.mean() - 20) < 1 and abs(25 - rows.mean() - 13) < 1)  # anterior is up
+        assert has_labels or (abs(29 - columns.mean() - 20) < 1 and abs(25 - rows.mean() - 13) < 1)  # R left, A up
 
 
 def test_volumes_thin_or_large_have_a_slider_too():

@@ -104,10 +104,6 @@ def test_a_full_disk_is_named_and_leaves_nothing_unfinished(script, kilobytes, w
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_the_documentation_counts_the_corpus():
-    assert f"shows {len(rubbish.CORPUS)} broken inputs" in (rubbish.ROOT / "docs" / "your_data.md").read_text()
-
-
 @pytest.fixture(scope="module")
 def small_file(tmp_path_factory):
     """The bytes of a small good file, and where to write spoilt ones."""
