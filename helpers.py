@@ -3,10 +3,7 @@
 Shapes: B batch; X, Y, Z fixed grid; MX, MY, MZ moving grid; L labels. World coordinates are NIfTI's: RAS, mm.
 """
 
-import io
-import mmap
 import re
-import tempfile
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +14,7 @@ import pandas as pd
 from scipy import ndimage
 from tqdm import tqdm
 
-from extras.errors import InputError, OutputError, expect
+from extras.errors import InputError, expect, reading
 from extras.files import affines_match, check_path, read_displacement, read_nifti, warn, warn_of_spacing
 from utils import in_view, voxel_to_world
 
@@ -83,13 +80,10 @@ def find_pairs(folder, labels="required"):
 
 def read_patients(path):
     """{case: patient}, from the columns case and patient."""
-    try:
+    with reading(path, "a CSV file with columns case,patient"):
         table = pd.read_csv(path, dtype=str, encoding="utf-8-sig", keep_default_na=False, index_col=False)
         table = table[["case", "patient"]].apply(lambda column: column.str.strip().str.normalize("NFC"))
         lines = table.drop_duplicates()
-    except (OSError, KeyError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path}: cannot be read ({reason}); expected a CSV file with columns case,patient") from None
     expect(lines["case"].is_unique, path, "a case of two patients", "one patient for each case")
     return dict(lines.itertuples(index=False))
 
@@ -266,46 +260,26 @@ def pair_to_network(moving, fixed, initial_alignment, moving_shape, fixed_shape,
 
 
 class PreparedPairs:
-    """Every pair of a data set: read, checked and resampled to the network grid once, then kept in a temporary file.
-
-    The file lies where TMPDIR says. It has no name, so nothing of it stays behind, however the program ends. The
-    operating system's cache holds what fits in memory, so a thousand pairs train in the memory of a few.
-    """
+    """Every pair of a data set: read, checked and resampled to the network grid once, then kept in memory."""
 
     def __init__(self, pairs, *grid):
         """grid: the last arguments of `pair_to_network`."""
-        self.pairs, self.label_counts, self.ends = pairs, [], [0]
-        with tempfile.TemporaryFile() as file:
-            for _, *volumes in read_pairs(pairs, "reading"):
-                arrays, on_grids = {}, pair_to_network(*volumes, *grid)
-                for side, original, volume in zip(("moving", "fixed"), volumes, on_grids, strict=True):
-                    labels = np.round(volume.labels * 255).astype(np.uint8)
-                    arrays |= {f"{side}_image": volume.image.astype(np.float16), f"{side}_labels": labels}
-                    for k in np.flatnonzero(~labels.any(axis=(0, 1, 2))):
-                        seen = covered(original, volume.affine, labels.shape[:3])[original.labels[..., k] >= 0.5]
-                        where = "is too small for" if seen.any() else "lies outside"
-                        warn(f"labels of {volume.path}: label {k} {where} the network grid and teaches nothing")
-                self.label_counts.append(labels.shape[-1])
-                self.ends.append(append_arrays(file, arrays))
-            self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.pairs, self.label_counts, self.arrays = pairs, [], []
+        for _, *volumes in read_pairs(pairs, "reading"):
+            arrays, on_grids = {}, pair_to_network(*volumes, *grid)
+            for side, original, volume in zip(("moving", "fixed"), volumes, on_grids, strict=True):
+                labels = np.round(volume.labels * 255).astype(np.uint8)
+                arrays |= {f"{side}_image": volume.image.astype(np.float16), f"{side}_labels": labels}
+                for k in np.flatnonzero(~labels.any(axis=(0, 1, 2))):
+                    seen = covered(original, volume.affine, labels.shape[:3])[original.labels[..., k] >= 0.5]
+                    where = "is too small for" if seen.any() else "lies outside"
+                    warn(f"labels of {volume.path}: label {k} {where} the network grid and teaches nothing")
+            self.label_counts.append(labels.shape[-1])
+            self.arrays.append(arrays)
 
     def __getitem__(self, index):
         """A dictionary of moving_image, fixed_image (float16), moving_labels and fixed_labels (uint8, 255 = 1)."""
-        start, end = self.ends[index : index + 2]
-        with np.load(io.BytesIO(self.data[start:end])) as arrays:
-            return dict(arrays)
-
-
-def append_arrays(file, arrays):
-    """Write a dictionary of arrays to the end of a temporary file; returns where it ends."""
-    packed = io.BytesIO()  # NumPy's own writing to a file does not say that a disk is full
-    np.savez(packed, **arrays)
-    try:
-        file.write(packed.getbuffer())
-        file.flush()
-    except OSError as error:
-        raise OutputError(f"{tempfile.gettempdir()}/: {error.strerror}; name another folder in TMPDIR") from None
-    return file.tell()
+        return self.arrays[index]
 
 
 def draw_pairs(rng, prepared, indices, batch_size, labels_per_pair, inter_subject_fraction):

@@ -50,9 +50,8 @@ def main():
     grid = (config.initial_alignment or trained.initial_alignment, *trained.grid_options()[1:])
     offset = utils.moving_offset(trained.moving_shape, trained.fixed_shape)
 
-    report.claim_folders(output_dir, pairs)
     table_dir = output_dir / pairs[0].case if config.moving else output_dir
-    report.clear_tables(table_dir)
+    report.claim_folders(output_dir, table_dir, pairs)
     rows, pages = [], []
     for pair, moving, fixed in helpers.read_pairs(pairs, "registering"):
         network_moving, network_fixed = helpers.pair_to_network(moving, fixed, *grid)

@@ -22,7 +22,7 @@ import numpy as np
 from scipy.sparse.csgraph import connected_components
 
 import helpers
-from extras.errors import InputError, expect, run
+from extras.errors import expect, reading, run
 from extras.files import ensure_writable_dir, write_csv
 
 URL = "https://github.com/YipengHu/example-data/archive/mrus.zip"
@@ -30,11 +30,8 @@ URL = "https://github.com/YipengHu/example-data/archive/mrus.zip"
 
 def fetch(url, folder):
     """Download and unpack an archive; returns the folder in it that holds a data set."""
-    try:
+    with reading(url, "a connection to it, try again"):
         keras.utils.get_file("mrus.zip", url, cache_dir=folder, cache_subdir="", extract=True, force_download=True)
-    except Exception as error:  # Keras has none of its own, and zipfile several
-        reason = " ".join(str(error).split())
-        raise InputError(f"{url}: cannot be fetched ({reason}); expected a connection to it, try again") from None
     found = sorted(folder.rglob(helpers.FOLDERS[0]))
     expect(len(found) == 1, url, f"{len(found)} folders {helpers.FOLDERS[0]}", "one")
     return found[0].parent

@@ -22,23 +22,14 @@ from extras import report
 from extras.errors import expect, run
 from extras.files import read_nifti, write_csv, write_nifti
 
-ALL = 99  # labels: more than any pair has
-RUNS = {  # name: how many of each pair's labels are kept, and the words for train.py
+RUNS = {  # name: how many of each pair's labels are kept (None: all), and the words for train.py
     "gland": (1, []),
     "gland and transition zone": (2, []),
-    "all labels": (ALL, []),
-    "all labels, one smoothing scale": (ALL, ["--similarity_scales", "0"]),
-    "all labels, LocalNet alone": (ALL, ["--network", "local"]),
-    "all labels, GlobalNet alone": (ALL, ["--network", "global"]),
+    "all labels": (None, []),
+    "all labels, one smoothing scale": (None, ["--similarity_scales", "0"]),
+    "all labels, LocalNet alone": (None, ["--network", "local"]),
+    "all labels, GlobalNet alone": (None, ["--network", "global"]),
 }
-
-
-def copy_with_labels(source, target, count):
-    """A copy of a data set with the first `count` labels of each pair."""
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("true_displacement"))
-    for path in target.glob("*_labels/*") if count < ALL else ():
-        labels, affine = read_nifti(path)
-        write_nifti(path, labels[..., :count].astype("uint8"), affine)
 
 
 def call(script, *words):
@@ -53,7 +44,10 @@ def main(folder=Path("ablation"), data=EXAMPLE_DIR, table_path=ROOT / "media" / 
     for name, (count, words) in tqdm(RUNS.items(), "ablation", unit="network", disable=None):
         place = folder / name.replace(", ", "-").replace(" ", "_")
         for split in ("train", "valid"):
-            copy_with_labels(data / split, place / split, count)
+            shutil.copytree(data / split, place / split, ignore=shutil.ignore_patterns("true_displacement"))
+        for path in place.glob("*/*_labels/*") if count else ():
+            labels, affine = read_nifti(path)
+            write_nifti(path, labels[..., :count].astype("uint8"), affine)
         folders = ["--train_dir", place / "train", "--valid_dir", place / "valid"]
         call("train.py", *for_all, *words, *folders, "--model_dir", place / "model")
         model, output = ["--model_dir", place / "model"], ["--output_dir", place / "output"]

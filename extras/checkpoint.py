@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 
 from extras.cross_validation import check_same_patients
-from extras.errors import InputError, NonFiniteLossError, OutputError, expect
+from extras.errors import InputError, NonFiniteLossError, OutputError, expect, reading
 from extras.files import atomic_write
 
 CHECKPOINT = "checkpoint.npz"
@@ -99,14 +99,10 @@ def load_checkpoint(folder, train_pairs, variables, state):
         print(f"{folder}: nothing to resume; this training begins")
         return
     check_same_patients(folder, train_pairs)
-    try:
-        with np.load(path) as arrays:
-            for number, variable in enumerate(variables):
-                variable.assign(arrays[f"arr_{number}"])
-            saved = json.loads(str(arrays["state"]))
-    except Exception as error:  # zipfile, NumPy and TensorFlow have many of their own
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: cannot be read ({reason}); expected the checkpoint of this training") from None
+    with reading(path, "the checkpoint of this training"), np.load(path) as arrays:
+        for number, variable in enumerate(variables):
+            variable.assign(arrays[f"arr_{number}"])
+        saved = json.loads(str(arrays["state"]))
     expect(saved["valid_cases"] == state.valid_cases, "--valid_dir", "other cases than before", "the same")
     vars(state).update(saved | {"clock": time.time()})
 
@@ -126,14 +122,10 @@ def save_weights(network, folder, state):
 def load_weights(network, folder, name):
     """Set the "best" or the "last" weights."""
     path = Path(folder) / WEIGHTS[name]
-    try:
-        with warnings.catch_warnings(action="error", category=UserWarning):  # Keras only warns of what it leaves out
-            network.load_weights(path)
-    except FileNotFoundError:
-        raise InputError(f"{path}: missing; expected weights that train.py wrote") from None
-    except (OSError, ValueError, KeyError, UserWarning) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: found weights that do not fit ({reason}); expected those of this network") from None
+    if not path.exists():
+        raise InputError(f"{path}: missing; expected weights that train.py wrote")
+    with reading(path, "weights of this network"), warnings.catch_warnings(action="error", category=UserWarning):
+        network.load_weights(path)  # Keras only warns of what it leaves out
 
 
 @contextlib.contextmanager

@@ -60,9 +60,7 @@ def held_out(pairs, config, model_dir):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description="Gather what inference.py measured on the folds of a cross-validation."
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path, help="each the --output_dir of one run")
     parser.add_argument("--output_dir", type=Path, default="results", help="made if missing")
     args = parser.parse_args()

@@ -13,7 +13,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no notices
 # isort: split
 import tensorflow as tf
 
-from extras.errors import InputError, WorkerLostError
+from extras.errors import InputError, WorkerLostError, expect
 from extras.files import ensure_writable_dir
 
 SCRATCH = tempfile.TemporaryDirectory()  # removed when the program ends
@@ -29,28 +29,20 @@ def describe():
 
 
 def choose_strategy(config):
-    """The tf.distribute strategy, and the folder to write to: model_dir, or a scratch folder for workers but the chief.
-
-    Prints what computes.
-    """
-    batch_size = config.batch_size
-    strategy, is_chief = tf.distribute.get_strategy(), True
+    """The tf.distribute strategy, and the folder to write to: model_dir, or scratch for all workers but the chief."""
+    strategy = tf.distribute.get_strategy()
     try:
         cluster = json.loads(os.environ.get("TF_CONFIG") or "{}").get("cluster")
         if cluster:
             strategy = tf.distribute.MultiWorkerMirroredStrategy()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"TF_CONFIG: {error}; expected JSON with cluster and task") from None
-    if cluster:
-        resolver = strategy.cluster_resolver
-        chief = "chief" if "chief" in resolver.cluster_spec().jobs else "worker"
-        is_chief = (resolver.task_type, resolver.task_id) == (chief, 0)
-    elif len(tf.config.list_physical_devices("GPU")) > 1:
+    if not cluster and len(tf.config.list_physical_devices("GPU")) > 1:
         strategy = tf.distribute.MirroredStrategy()
-    if batch_size % strategy.num_replicas_in_sync:
-        expected = f"a multiple of the {strategy.num_replicas_in_sync} devices"
-        raise InputError(f"--batch_size: found {batch_size}, expected {expected}")
+    size, count = config.batch_size, strategy.num_replicas_in_sync
+    expect(size % count == 0, "--batch_size", size, f"a multiple of the {count} devices")
     print(describe())
+    is_chief = strategy.extended.should_checkpoint
     return strategy, ensure_writable_dir(config.model_dir if is_chief else SCRATCH.name)
 
 

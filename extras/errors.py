@@ -1,5 +1,6 @@
 """What ends a program with one line and exit status 2, and nothing else: no traceback."""
 
+import contextlib
 import subprocess
 import sys
 
@@ -30,10 +31,22 @@ def expect(condition, where, found, expected):
         raise InputError(f"{where}: found {found}, expected {expected}")
 
 
-def run(main, *arguments):
+@contextlib.contextmanager
+def reading(path, expected):
+    """What goes wrong in the block becomes an InputError: libraries have many exceptions of their own."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise InputError(f"{path}: cannot be read ({reason}); expected {expected}") from None
+
+
+def run(main):
     """Run a script's main function. A ProgramError, or a file that the system refuses, ends it with its one line."""
     try:
-        main(*arguments)
+        main()
     except (ProgramError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

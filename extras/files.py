@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from extras.errors import InputError, OutputError, expect
+from extras.errors import InputError, OutputError, expect, reading
 
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # bad headers are named by the checks below
 LONGEST_NAME = 230  # bytes; file systems allow 255, and a name gets longer while a file is written
@@ -43,25 +43,16 @@ def check_path(path):
 
 def read_nifti(path):
     """Voxels (float32; one volume is 3D) and the voxel-to-world matrix (4, 4) of a NIfTI file, checked."""
-    try:
+    with reading(path, "a NIfTI file, .nii or .nii.gz (an ending in mixed case is not found)"):
         image = nib.load(path)
         expect(isinstance(image, nib.Nifti1Pair), path, type(image).__name__, "NIfTI")
         expect(image.header["xyzt_units"] % 8 not in (1, 3), path, "sizes in metres or micrometres", "mm")
-        kind = image.get_data_dtype()
+        kind, stored = image.get_data_dtype(), Path(image.file_map["image"].filename)
         expect(kind.kind in "buif", path, f"voxels of type {kind}", "plain numbers")
-        stored = Path(image.file_map["image"].filename)
-        # Deflate packs 1032 bytes into one at most.
-        packing = {".nii": 1, ".gz": 1032}.get(stored.suffix.lower(), np.inf)
         found, expected = stored.stat().st_size, np.prod(image.shape, dtype=float) * kind.itemsize
         claim = f"{expected:.0f} of voxels as its header says"
-        expect(0 < expected <= found * packing, path, f"{found} bytes", claim)
+        expect(0 < expected <= found * 1032, path, f"{found} bytes", claim)  # deflate packs 1032 bytes into one at most
         data = np.asarray(image.dataobj, np.float32)
-    except InputError:
-        raise
-    except Exception as error:  # nibabel and zlib have many of their own
-        mixed = isinstance(error, FileNotFoundError) and Path(path).is_file()
-        reason = "an ending in mixed case" if mixed else " ".join(str(error).split())
-        raise InputError(f"{path}: cannot be read ({reason}); expected a NIfTI file, .nii or .nii.gz") from None
     affine = np.array(image.affine, float)
     spacing, matrix = np.linalg.norm(affine[:3, :3], axis=0), f"a header matrix {affine[:3].tolist()}"
     is_size = np.isfinite(affine).all() and ((spacing > 1e-3) & (spacing < 1e3)).all()

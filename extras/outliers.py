@@ -5,14 +5,13 @@ Mahalanobis distance from those of the training pairs (Lee et al. 2018, arXiv 18
 out say how large it may be. Above that limit, the outlier score of a pair is above 1.
 """
 
-import zipfile
 from pathlib import Path
 
 import keras
 import numpy as np
 
 from extras.checkpoint import WEIGHTS, load_weights
-from extras.errors import InputError
+from extras.errors import reading
 from extras.files import atomic_write, warn
 
 REFERENCE = "outliers.npz"
@@ -72,15 +71,12 @@ def write_reference(model_dir, network, prepared, train_indices, held_out_indice
 def read_reference(model_dir):
     """What `write_reference` kept, {name: (mean, scale, precision, limit)}, or None."""
     path = Path(model_dir) / REFERENCE
-    try:
-        with np.load(path) as arrays:
-            names = dict.fromkeys(key.split("/")[0] for key in arrays)
-            return {name: [arrays[f"{name}/{k}"] for k in range(4)] for name in names}
-    except FileNotFoundError:
+    if not path.exists():
         print(f"no reference to judge by whether a pair is like the training: fewer than {FEWEST} pairs were held out")
         return None
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: cannot be read ({error}); expected the file that train.py wrote") from None
+    with reading(path, "the file that train.py wrote"), np.load(path) as arrays:
+        names = dict.fromkeys(key.split("/")[0] for key in arrays)
+        return {name: [arrays[f"{name}/{k}"] for k in range(4)] for name in names}
 
 
 def outlier_score(model, reference, moving_image, fixed_image):

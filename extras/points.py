@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from scipy import ndimage
 
-from extras.errors import InputError, expect
+from extras.errors import expect, reading
 from extras.files import atomic_write
 from utils import in_view, invert_points, jacobian_determinant, map_points
 
@@ -55,11 +55,12 @@ def parse_markups(text):
     return names, [entry["position"] for entry in entries], frame, document
 
 
-def parse_table(text, is_fcsv):
+def parse_table(text, path):
     """names, positions, frame and the other fields of a PointFile, of a .csv or .fcsv file.
 
     The header's separator counts, and where it is no comma, decimal commas are read and written.
     """
+    is_fcsv = str(path).lower().endswith(".fcsv")
     lines = text.splitlines(keepends=True)
     comments = "".join(takewhile(lambda line: line.startswith("#"), lines))
     lines = lines[comments.count("\n") :]
@@ -74,7 +75,7 @@ def parse_table(text, is_fcsv):
         rows = [row for row in rows if row[STATUS] in ("", "2")]  # 2: placed
     short = [re.sub(r"[ _]*[(\[]?mm[)\]]?$", "", name.strip().lower()) for name in header]  # "X (mm)" is x
     known = [axes for axes in ("xyz", "ras", "lps") if all(short.count(axis) == 1 for axis in axes)]
-    expect(len(known) == 1, "columns", ", ".join(header), "x, y, z or r, a, s or l, p, s")
+    expect(len(known) == 1, f"{path}: columns", ", ".join(header), "x, y, z or r, a, s or l, p, s")
     columns = [short.index(axis) for axis in known[0]]
     cells = [[row[k] for k in columns] for row in rows]
     decimal_comma = separator != "," and any("," in cell for row in cells for cell in row)
@@ -82,7 +83,7 @@ def parse_table(text, is_fcsv):
         cells = [[cell.replace(",", ".") for cell in row] for row in cells]
     said = {known[0].upper()} if known[0] != "xyz" else set()
     said |= {FRAMES.get(word, word) for word in re.findall(r"CoordinateSystem *= *(\w+)", comments)[-1:]}
-    expect(len(said) <= 1, "coordinates", " and ".join(sorted(said)), "one frame")
+    expect(len(said) <= 1, f"{path}: coordinates", " and ".join(sorted(said)), "one frame")
     title = next((short.index(word) for word in ("name", "label") if word in short), None)
     names = [str(number) if title is None else row[title] for number, row in enumerate(rows)]
     content = pd.DataFrame(rows, columns=range(len(header))) if is_fcsv else pd.DataFrame(rows, columns=header)
@@ -93,19 +94,11 @@ def read_points(path, frame="file"):
     """A PointFile; frame: "RAS" or "LPS", or "file" for what the file says of itself."""
     suffix = next((suffix for suffix in SUFFIXES if str(path).lower().endswith(suffix)), None)
     expect(suffix, path, "another ending", ", ".join(SUFFIXES))
-    try:
+    form = "a header with x, y, z and a row for each point" if suffix == ".csv" else f"points as in {suffix} files"
+    with reading(path, form):
         text = Path(path).read_text(encoding="utf-8-sig")
-        parsed = parse_markups(text) if suffix == ".mrk.json" else parse_table(text, suffix == ".fcsv")
-        names, positions, said, *content = parsed
+        names, positions, said, *content = parse_markups(text) if suffix == ".mrk.json" else parse_table(text, path)
         positions = np.array(positions, float)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); expected a file of points") from None
-    except Exception as error:  # there are many ways to write a wrong file
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
-        form = "a header with x, y, z and a row for each point" if suffix == ".csv" else f"points as in {suffix} files"
-        raise InputError(f"{path}: cannot be read ({reason}); expected {form}") from None
     is_good = positions.size and positions.shape[1:] == (3,) and np.isfinite(positions).all()
     expect(is_good, path, f"{len(positions)} points", "one or more of three numbers in mm")
     frame = said if frame == "file" else frame

@@ -16,23 +16,14 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import tensorflow as tf
-from matplotlib.collections import LineCollection
 from matplotlib.colors import LogNorm, to_rgb
 from PIL import Image
 from scipy import ndimage
 from tqdm import tqdm
 
-from extras.errors import InputError, expect
+import utils
+from extras.errors import expect, reading
 from extras.files import atomic_write, ensure_writable_dir, warn, write_csv, write_text
-from utils import (
-    dice_score,
-    displacement_on,
-    hausdorff_95,
-    jacobian_determinant,
-    target_registration_error,
-    voxel_to_world,
-    warp_to_fixed,
-)
 
 GREEN, ORANGE, BLUE, RED = "#33dd77", "#ffaa22", "#3388ff", "#c03028"
 
@@ -51,10 +42,10 @@ MEASURED = [name.format(when) for name in MEASURES for when in TIMES]
 COLUMNS = ["case", "label", *MEASURED, "folded_percent", "lost", "outlier_score", *BEST]
 
 
-def claim_folders(output_dir, pairs):
+def claim_folders(output_dir, table_dir, pairs):
     """Make each pair's folder, with pair.txt, which names its two files; none may hold the results of other files.
 
-    Patients' files often have the same names in other folders.
+    Patients' files often have the same names in other folders. The tables of an earlier run go before its volumes do.
     """
     records = {
         output_dir / p.case / "pair.txt": f"{p.moving_image.resolve()}\n{p.fixed_image.resolve()}\n" for p in pairs
@@ -65,25 +56,18 @@ def claim_folders(output_dir, pairs):
         expect(known == paths, record.parent, found, "none; name another --output_dir")
     for record, paths in records.items():
         write_text(ensure_writable_dir(record.parent) / record.name, paths)
-
-
-def clear_tables(folder):
-    """The tables of an earlier run go before its volumes do."""
     for name in ("metrics.csv", "summary.txt", "boxplot.png", "report.html"):
-        (folder / name).unlink(missing_ok=True)
+        (table_dir / name).unlink(missing_ok=True)
 
 
 def read_metrics(path):
     """A metrics.csv as a DataFrame, checked."""
-    try:
+    with reading(path, "the metrics.csv of inference.py"):
         table = pd.read_csv(path, dtype={"case": str})
         table = table[[name for name in COLUMNS if name in table or "true" not in name]].reindex(columns=COLUMNS)
         expect(len(table) and table["case"].notna().all(), path, "no rows with a case", "a row for each label")
         summarise(table)  # which raises what it misses
         return table
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path}: cannot be read ({reason}); expected the metrics.csv of inference.py") from None
 
 
 def measure_pair(case, moving, fixed, warped, fields, geometry, stored_labels):
@@ -95,10 +79,10 @@ def measure_pair(case, moving, fixed, warped, fields, geometry, stored_labels):
     rows = [{"case": case, "label": k} for k in range(0 if fixed.labels is None else fixed.labels.shape[-1])]
     for row, (when, volume) in product(rows, warped.items()):
         ours, theirs = volume.labels[..., row["label"]], fixed.labels[..., row["label"]]
-        row[f"dice_{when}"] = dice_score(ours >= 0.5, theirs >= 0.5)
-        row[f"tre_{when}_mm"] = target_registration_error(ours, theirs, fixed.affine)
+        row[f"dice_{when}"] = utils.dice_score(ours >= 0.5, theirs >= 0.5)
+        row[f"tre_{when}_mm"] = utils.target_registration_error(ours, theirs, fixed.affine)
         if row["label"] == 0:
-            row[f"hd95_{when}_mm"] = hausdorff_95(ours >= 0.5, theirs >= 0.5, spacing)
+            row[f"hd95_{when}_mm"] = utils.hausdorff_95(ours >= 0.5, theirs >= 0.5, spacing)
     for row in rows:
         if not stored_labels[..., row["label"]].any():
             row["lost"] = why_lost(moving, fixed, row["label"], fields["after"], geometry)
@@ -106,7 +90,7 @@ def measure_pair(case, moving, fixed, warped, fields, geometry, stored_labels):
     first, *landmarks = rows or [{"case": case}]
     for when in warped if landmarks else ():
         first[f"rms_tre_{when}_mm"] = pd.Series([row[f"tre_{when}_mm"] for row in landmarks]).pow(2).mean() ** 0.5
-    first["folded_percent"] = 100 * np.mean(jacobian_determinant(fields["after"]) <= 0)
+    first["folded_percent"] = 100 * np.mean(utils.jacobian_determinant(fields["after"]) <= 0)
     if fixed.truth and rows:
         first |= true_errors(fixed, fields, geometry)
     return [first, *landmarks]
@@ -116,7 +100,7 @@ def why_lost(moving, fixed, label, ddf, geometry):
     """The reason for which no voxel of the fixed image shows a moving label."""
     place = nib.affines.apply_affine(moving.affine, ndimage.center_of_mass(moving.labels[..., label]))
     shape, affine = fixed.image.shape, fixed.affine
-    shown = voxel_to_world(shape, affine) + displacement_on(shape, affine, ddf, *geometry)
+    shown = utils.voxel_to_world(shape, affine) + utils.displacement_on(shape, affine, ddf, *geometry)
     is_near = np.linalg.norm(shown - place, axis=-1).min() < np.linalg.norm(nib.affines.voxel_sizes(affine))
     return "too small for the fixed image's grid" if is_near else "outside the fixed image"
 
@@ -124,9 +108,9 @@ def why_lost(moving, fixed, label, ddf, geometry):
 def true_errors(fixed, fields, geometry):
     """Mean distance in mm from the true displacement over the gland: of two DDFs, and of the best shift and affine."""
     truth, affine = fixed.truth
-    gland = warp_to_fixed(fixed.labels[..., 0], fixed.affine, np.zeros_like(truth), affine) >= 0.5
+    gland = utils.warp_to_fixed(fixed.labels[..., 0], fixed.affine, np.zeros_like(truth), affine) >= 0.5
     errors = {
-        f"true_error_{when}_mm": (displacement_on(truth.shape[:3], affine, field, *geometry) - truth)[gland]
+        f"true_error_{when}_mm": (utils.displacement_on(truth.shape[:3], affine, field, *geometry) - truth)[gland]
         for when, field in fields.items()
     }
     before, ones = errors["true_error_before_mm"], np.ones((gland.sum(), 1))
@@ -209,23 +193,18 @@ def write_history(model_dir, history, events):
     history: a dictionary of numbers for each validation, the last one new; events: a tf.summary writer.
     """
     write_csv(model_dir / "history.csv", history)
-    plot_history(model_dir / "history.png", pd.DataFrame(history).set_index("step"))
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
+    titles = {"loss": "loss", "dice": "Dice, all labels", "tre": "centroid distance, all labels (mm)"}
+    for axis, (name, title) in zip(axes, titles.items(), strict=True):
+        curves = pd.DataFrame(history).set_index("step").filter(regex=f"^(valid_)?{name}$")
+        labels = ["training (augmented)", "validation"][: curves.shape[1]]
+        curves.set_axis(labels, axis="columns").plot(ax=axis, title=title, style=".-", grid=True)
+    save_figure(figure, model_dir / "history.png")
     with events.as_default(history[-1]["step"]):
         for name, value in history[-1].items():
             tf.summary.scalar(name, value)
     events.flush()
     tqdm.write(", ".join(f"{name} {value}" for name, value in history[-1].items()))
-
-
-def plot_history(path, table):
-    """Loss, Dice and TRE of training and validation against the step. table: DataFrame, its index the steps."""
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
-    titles = {"loss": "loss", "dice": "Dice, all labels", "tre": "centroid distance, all labels (mm)"}
-    for axis, (name, title) in zip(axes, titles.items(), strict=True):
-        curves = table.filter(regex=f"^(valid_)?{name}$")
-        labels = ["training (augmented)", "validation"][: curves.shape[1]]
-        curves.set_axis(labels, axis="columns").plot(ax=axis, title=title, style=".-", grid=True)
-    save_figure(figure, path)
 
 
 def plot_boxes(path, measures):
@@ -241,10 +220,20 @@ def plot_boxes(path, measures):
     save_figure(figure, path)
 
 
+def show(axis, image, *outlines, extent=None):
+    """A slice (X, Y) of 0 to 1, right and front on the left as in 3D Slicer. outlines: (colour, labels (L, X, Y))."""
+    extent = axis.imshow(image.T, cmap="gray", vmin=0, vmax=1, origin="lower", extent=extent).get_extent()
+    for colour, labels in outlines:
+        style = {"colors": colour, "linestyles": "--" if colour == ORANGE else "-", "linewidths": 1.2}
+        for label in labels:
+            if label.max() > 0.5 > label.min():
+                axis.contour(label.T, [0.5], extent=extent, origin="lower", **style)
+    axis.set(xticks=[], yticks=[], xlim=extent[1::-1], ylim=extent[2:])
+
+
 def plot_overview(path, title, volumes, ddf, voxel_size):
     """Three orthogonal slices of a registered pair: fixed image, moving image before and after, and the deformation.
 
-    Right and front are on the left, as in 3D Slicer.
     volumes: Volumes "fixed", "before" and "after" on the fixed image's own grid, with or without labels; ddf: (X, Y, Z,
     3), on the network grid, in voxels of `voxel_size` mm.
     """
@@ -253,45 +242,32 @@ def plot_overview(path, title, volumes, ddf, voxel_size):
     focus = ndimage.center_of_mass(labels["fixed"][..., 0]) if labels else (size - 1) / 2
     depth = (focus - (size - 1) / 2) * spacing / voxel_size + (grid_size - 1) / 2  # both grids have one centre
     focus, depth = (np.clip(np.round(v), 0, n - 1).astype(int) for v, n in ((focus, size), (depth, grid_size)))
-    determinant, shift = jacobian_determinant(ddf), ddf.mean(axis=(0, 1, 2))
+    determinant, shift = utils.jacobian_determinant(ddf), ddf.mean(axis=(0, 1, 2))
     points = (np.moveaxis(np.indices(grid_size), 0, -1) - (grid_size - 1) / 2 + ddf - shift) * voxel_size
     colours = matplotlib.colormaps["RdBu_r"].with_extremes(bad="black")  # where there is no logarithm
-    headings = {
-        "fixed": "fixed image",
-        "before": "moving image, before",
-        "after": "moving image, warped",
-        "change": "volume change; grid less the mean\nshift of {:.1f}, {:.1f}, {:.1f} mm".format(*shift * voxel_size),
-    }
+    change = "volume change; grid less the mean\nshift of {:.1f}, {:.1f}, {:.1f} mm".format(*shift * voxel_size)
+    headings = "fixed image", "moving image, before", "moving image, warped", change
     figure, axes = plt.subplots(3, 4, figsize=(13, 10), layout="constrained")
     figure.suptitle(title, parse_math=False)  # a name may have dollars in it
+    for axis, heading in zip(axes[0], headings, strict=True):
+        axis.set_title(heading, fontsize=11)
     for row, (name, normal) in zip(axes, (("axial", 2), ("coronal", 1), ("sagittal", 0)), strict=True):
+        row[0].set_ylabel(name)
         plane = [axis for axis in range(3) if axis != normal]
         extent, grid_extent = (
             [side * length / 2 for length in lengths[plane] for side in (-1, 1)]
             for lengths in (size * spacing, grid_size * voxel_size)
         )
-        row[0].set_ylabel(name)
-        for axis, (kind, heading) in zip(row, headings.items(), strict=True):
-            if kind == "change":
-                cut = np.take(determinant, depth[normal], normal).T
-                change = axis.imshow(cut, cmap=colours, norm=LogNorm(0.5, 2), origin="lower", extent=grid_extent)
-                mesh = np.take(points, depth[normal], normal)[..., plane]
-                lines = [*mesh[::2], *np.swapaxes(mesh, 0, 1)[::2]]
-                axis.add_collection(LineCollection(lines, colors="black", linewidths=0.6, alpha=0.7))
-            else:
-                low, high = intensity_limits(images[kind])
-                cut = np.take(images[kind], focus[normal], normal).T
-                axis.imshow(cut, cmap="gray", vmin=low, vmax=high, origin="lower", extent=extent)
-            for shown in dict.fromkeys((kind, "fixed")):
-                style = {"colors": GREEN} if shown == "fixed" else {"colors": ORANGE, "linestyles": "--"}
-                for label in (
-                    np.moveaxis(np.take(labels[shown], focus[normal], normal), -1, 0) if shown in labels else ()
-                ):
-                    if label.max() > 0.5:
-                        axis.contour(label.T, [0.5], extent=extent, origin="lower", linewidths=1.2, **style)
-            axis.set(xticks=[], yticks=[], xlim=extent[1::-1], ylim=extent[2:], aspect="equal")
-            axis.set_title(heading if name == "axial" else "", fontsize=11)
-    bar = figure.colorbar(change, ax=axes[:, 3], ticks=[0.5, 0.7, 1, 1.4, 2], format="%.1f", shrink=0.6)
+        cuts = {kind: np.moveaxis(np.take(label, focus[normal], normal), -1, 0) for kind, label in labels.items()}
+        for axis, kind in zip(row, (*images, "fixed"), strict=True):
+            shown = [k for k in dict.fromkeys((kind, "fixed")) if k in cuts]
+            outlines = [(GREEN if k == "fixed" else ORANGE, cuts[k]) for k in shown]
+            show(axis, np.take(images[kind], focus[normal], normal), *outlines, extent=extent)
+        cut, mesh = np.take(determinant, depth[normal], normal), np.take(points, depth[normal], normal)[..., plane]
+        picture = row[3].imshow(cut.T, cmap=colours, norm=LogNorm(0.5, 2), origin="lower", extent=grid_extent)
+        for lines in (mesh[:, ::2], np.swapaxes(mesh[::2], 0, 1)):
+            row[3].plot(lines[..., 0], lines[..., 1], color="black", linewidth=0.6, alpha=0.7, zorder=1)
+    bar = figure.colorbar(picture, ax=axes[:, 3], ticks=[0.5, 0.7, 1, 1.4, 2], format="%.1f", shrink=0.6)
     bar.ax.minorticks_off()
     bar.set_label("Jacobian determinant: above 1 the warp\nshrinks tissue, below 1 it swells; black = folded")
     if labels:
@@ -302,19 +278,18 @@ def plot_overview(path, title, volumes, ddf, voxel_size):
 
 
 def canonical(volumes):
-    """Voxel size in mm, images and labels of Volumes, in the axis order and direction nearest to RAS+."""
+    """Voxel size in mm, images of 0 to 1 and labels of Volumes, in the axis order and direction nearest to RAS+."""
     turn = nib.io_orientation(volumes["fixed"].affine)
     spacing = nib.affines.voxel_sizes(volumes["fixed"].affine)[np.argsort(turn[:, 0])]
-    images = {name: volume.image for name, volume in volumes.items()}
-    labels = {name: volume.labels for name, volume in volumes.items() if volume.labels is not None}
-    turned = ({k: nib.apply_orientation(v, turn).astype(np.float32) for k, v in d.items()} for d in (images, labels))
-    return spacing, *turned
+    images = {name: brightness(nib.apply_orientation(v.image, turn)) for name, v in volumes.items()}
+    labels = {name: nib.apply_orientation(v.labels, turn) for name, v in volumes.items() if v.labels is not None}
+    return spacing, images, labels
 
 
-def intensity_limits(volume):
-    """The intensities to show as black and as white; from about a million voxels, which is enough."""
-    low, high = np.percentile(volume.ravel()[:: max(1, volume.size // 10**6)], [0.2, 99.8])
-    return low, max(high, low + 1e-6)
+def brightness(image):
+    """An image from 0, black, to 1, white; the limits are of about a million voxels, which is enough."""
+    low, high = np.percentile(image.ravel()[:: max(1, image.size // 10**6)], [0.2, 99.8]).astype(np.float32)
+    return np.clip((image - low) / max(high - low, 1e-6), 0, 1)
 
 
 # -- Report: one page for a whole run ------------------------------------------------------------------------------
@@ -333,8 +308,7 @@ def viewer(volumes):
     panels = []
     for kind, image in images.items():
         cubes = ndimage.zoom(image, factor, order=1, grid_mode=True, mode="nearest")
-        low, high = intensity_limits(cubes)
-        panel = np.repeat((np.clip((cubes - low) / (high - low), 0, 1) * 255).astype(np.uint8)[..., None], 3, axis=-1)
+        panel = np.repeat((255 * cubes).astype(np.uint8)[..., None], 3, axis=-1)
         for shown in dict.fromkeys(("fixed", kind)) if labels else ():
             colour = np.round(255 * np.array(to_rgb(GREEN if shown == "fixed" else ORANGE)))
             for label in np.moveaxis(labels[shown], -1, 0):

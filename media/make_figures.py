@@ -3,7 +3,7 @@
     python media/make_figures.py
 
 after `python train.py` and `python inference.py`. Writes beside this file: overview.png, history.png,
-example_summary.txt and example_history.csv (copies of what those two wrote), similarity.png, batch.png, ddf.png,
+example_summary.txt (copies of what those two wrote), similarity.png, batch.png, ddf.png,
 keypoints.png, scales.png, distance.png, weight.png.
 """
 
@@ -19,7 +19,6 @@ import keras
 import matplotlib.pyplot as plt
 import numpy as np
 import tensorflow as tf
-from matplotlib.collections import LineCollection
 from scipy import ndimage
 from scipy.stats import entropy
 from tqdm import tqdm
@@ -32,7 +31,7 @@ import utils
 from config import EXAMPLE_DIR, TrainConfig
 from extras.checkpoint import load_weights
 from extras.errors import run
-from extras.report import BLUE, GREEN, ORANGE, RED, intensity_limits
+from extras.report import BLUE, GREEN, ORANGE, RED, save_figure, show
 
 MEDIA, CASE, CONFIG = Path(__file__).resolve().parent, "test00", TrainConfig()
 
@@ -50,21 +49,6 @@ def load_pair(voxel_size=CONFIG.voxel_size, moving_shape=CONFIG.moving_shape, fi
     return moving, fixed, (ddf - utils.moving_offset(moving_shape, fixed_shape)).astype(np.float32)[None]
 
 
-def show(axis, image, labels=(), colours=()):
-    """An axial slice (X, Y) in grey, the patient's right on the left, and outlines of labels."""
-    low, high = intensity_limits(image)
-    axis.imshow(image.T, cmap="gray", origin="lower", vmin=low, vmax=high)
-    for label, colour in zip(labels, colours, strict=True):
-        if label.max() > 0.5 > label.min():
-            axis.contour(label.T, [0.5], colors=colour, linewidths=1.5, linestyles="--" if colour == ORANGE else "-")
-    axis.set(xticks=[], yticks=[], xlim=(len(image) - 0.5, -0.5), ylim=(-0.5, image.shape[1] - 0.5))
-
-
-def save(figure, name):
-    figure.savefig(MEDIA / name, dpi=90)
-    plt.close(figure)
-
-
 def similarity():
     """README, "Multimodal image registration": what intensities say of a shift, and what labels say."""
     moving, fixed, truth = load_pair(1.5, (72, 72, 64), (48, 64, 44))
@@ -80,8 +64,8 @@ def similarity():
     image = utils.warp(moving.image[None], truth)[0, ..., 0].numpy()
     middle = round(ndimage.center_of_mass(fixed.labels[..., 0])[2])
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained", width_ratios=(1, 1, 2.4))
-    show(axes[0], fixed.image[..., middle, 0], [fixed.labels[..., middle, 0]], [GREEN])
-    show(axes[1], image[..., middle], [fixed.labels[..., middle, 0]], [GREEN])
+    show(axes[0], fixed.image[..., middle, 0], (GREEN, [fixed.labels[..., middle, 0]]))
+    show(axes[1], image[..., middle], (GREEN, [fixed.labels[..., middle, 0]]))
     axes[0].set_title("ultrasound")
     axes[1].set_title("MR, truly aligned")
     for (name, values), colour in zip(measures.items(), (RED, ORANGE, GREEN), strict=True):
@@ -90,7 +74,7 @@ def similarity():
     axes[2].axvline(0, color="grey", linewidth=0.8)
     axes[2].set(title="similarity, each from its least (0) to its most (1)", xlabel="MR moved from the truth (mm)")
     axes[2].legend(loc="upper right")
-    save(figure, "similarity.png")
+    return figure
 
 
 def batch():
@@ -105,12 +89,12 @@ def batch():
         for axis, image, label, mask in zip(row, images.numpy(), labels, arrays["mask"], strict=True):
             middle = round(ndimage.center_of_mass(label[..., 0])[2])
             count = round(mask.sum())
-            show(axis, image[:, :, middle, 0], label[:, :, middle, :count].transpose(2, 0, 1), [GREEN] * count)
+            show(axis, image[:, :, middle, 0], (GREEN, np.moveaxis(label[:, :, middle, :count], -1, 0)))
         row[0].set_ylabel(f"{side} image\n{' x '.join(map(str, shape))} voxels", fontsize=12)
     for column, case in zip(axes.T, cases.split(", "), strict=True):
         for axis, patient in zip(column, case.split(" to "), strict=True):
             axis.set_title(patient.replace("train", "patient "), fontsize=11)
-    save(figure, "batch.png")
+    return figure
 
 
 def ddf():
@@ -143,7 +127,7 @@ def ddf():
     axes[2].set_title(
         "the value there (cross) is interpolated from the\nvoxels around it (dots: those on this slice)", fontsize=12
     )
-    save(figure, "ddf.png")
+    return figure
 
 
 def keypoints():
@@ -160,8 +144,7 @@ def keypoints():
         shape = np.array(volume.image.shape[:3])
         middle = round(ndimage.center_of_mass(volume.labels[..., 0])[2])
         *_, log_bumps = networks.heat_map_priors(scores.shape[1:4], networks.KEYPOINTS)
-        heat = tf.nn.softmax(tf.reshape(scores[0] + log_bumps, [-1, networks.KEYPOINTS]), axis=0)
-        heat = tf.reshape(heat, scores.shape[1:]).numpy()
+        heat = keras.ops.softmax(scores[0] + log_bumps, axis=(0, 1, 2)).numpy()
         points = points[0].numpy() + (shape - 1) / 2
         for axis, k in zip(row, (0, 6, 15), strict=False):
             show(axis, volume.image[:, :, round(points[k, 2]), 0])
@@ -170,13 +153,13 @@ def keypoints():
             axis.imshow(flat.T, origin="lower", extent=extent, cmap="magma", alpha=0.55, interpolation="bilinear")
             axis.plot(*points[k, :2], "o", color=colours[k], markeredgecolor="white", markersize=9)
             axis.set_title(f"heat map {k + 1}" if name == "fixed" else "", fontsize=12)
-        show(row[3], volume.image[:, :, middle, 0], [volume.labels[:, :, middle, 0]], [GREEN])
+        show(row[3], volume.image[:, :, middle, 0], (GREEN, [volume.labels[:, :, middle, 0]]))
         for k in range(0, networks.KEYPOINTS, 3):
             row[3].plot(*points[k, :2], "o", color=colours[k], markeredgecolor="white")
             row[3].annotate(k + 1, points[k, :2], (4, 4), textcoords="offset points", color="white", fontsize=11)
         row[3].set_title("six of the points, on one slice" if name == "fixed" else "", fontsize=12)
         row[0].set_ylabel(f"{name} image", fontsize=12)
-    save(figure, "keypoints.png")
+    return figure
 
 
 def scales():
@@ -192,7 +175,7 @@ def scales():
         loss = losses.multi_scale(losses.dice_loss, warped, fixed.labels[None], [sigma])[0, smallest]
         scale = f"{sigma * CONFIG.voxel_size:g} mm" if sigma else "as they are"
         axis.set(title=f"{scale}\nDice loss {loss:.2f}", xticks=[], yticks=[], xlim=(len(first) - 0.5, -0.5))
-    save(figure, "scales.png")
+    return figure
 
 
 def distance():
@@ -213,7 +196,7 @@ def distance():
     axis.set_ylabel("loss (1 = far apart)")
     axis.grid(alpha=0.3)
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    save(figure, "distance.png")
+    return figure
 
 
 def weight():
@@ -224,9 +207,8 @@ def weight():
     moving, fixed, _ = load_pair()
     middle = round(ndimage.center_of_mass(fixed.labels[..., 1])[2])
     figure, axes = plt.subplots(1, 3, figsize=(12, 5), layout="constrained")
-    for axis, (name, size) in zip(
-        axes, {"too small": 0.001, "about right": 5.0, "too large": 100.0}.items(), strict=True
-    ):
+    weights = {"too small": 0.001, "about right": 5.0, "too large": 100.0}
+    for axis, (name, size) in zip(axes, weights.items(), strict=True):
         ddf = tf.Variable(tf.zeros([1, *CONFIG.fixed_shape, 3]))
         optimizer = keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(0.2, 400))
 
@@ -234,37 +216,33 @@ def weight():
         def gradient(ddf=ddf, size=size):
             with tf.GradientTape() as tape:
                 warped = utils.warp(moving.labels[None], ddf)
-                similarities = losses.multi_scale(
-                    losses.dice_loss, warped, fixed.labels[None], CONFIG.similarity_scales
-                )
-                loss = tf.reduce_mean(similarities) + size * losses.bending_energy(ddf)
+                pair = warped, fixed.labels[None], CONFIG.similarity_scales
+                loss = tf.reduce_mean(losses.multi_scale(losses.dice_loss, *pair)) + size * losses.bending_energy(ddf)
             return tape.gradient(loss, ddf)
 
         for _ in tqdm(range(400), name, disable=None):
             optimizer.apply_gradients([(gradient(), ddf)])
         field, warped = ddf[0].numpy(), utils.warp(moving.labels[None], ddf)[0].numpy()
-        labels = [*np.moveaxis(fixed.labels[:, :, middle], -1, 0), *np.moveaxis(warped[:, :, middle], -1, 0)]
-        count, folded = warped.shape[-1], utils.jacobian_determinant(field) <= 0
-        show(axis, fixed.image[:, :, middle, 0], labels, [GREEN] * count + [ORANGE] * count)
+        folded = utils.jacobian_determinant(field) <= 0
+        fixed_cut, warped_cut = (np.moveaxis(v[:, :, middle], -1, 0) for v in (fixed.labels, warped))
+        show(axis, fixed.image[:, :, middle, 0], (GREEN, fixed_cut), (ORANGE, warped_cut))
         points = (utils.reference_grid(folded.shape).numpy() + field - field.mean(axis=(0, 1, 2)))[:, :, middle, :2]
-        lines = [*points[::2], *np.swapaxes(points, 0, 1)[::2]]
-        axis.add_collection(LineCollection(lines, colors=BLUE, linewidths=0.8))
+        for lines in (points[:, ::2], np.swapaxes(points[::2], 0, 1)):
+            axis.plot(lines[..., 0], lines[..., 1], color=BLUE, linewidth=0.8, zorder=1)
         axis.plot(*points[folded[:, :, middle]].T, "x", color=RED, markersize=5)
-        overlap = utils.dice_score(warped[..., 0] >= 0.5, fixed.labels[..., 0] >= 0.5)
-        mm = np.diag([CONFIG.voxel_size] * 3 + [1])
-        tre = [utils.target_registration_error(warped[..., k], fixed.labels[..., k], mm) for k in range(1, count)]
-        measures = f"Dice {overlap:.2f}, TRE {np.mean(tre):.1f} mm, {100 * folded.mean():.1f} % folded"
+        dice, distances = (values[0].numpy() for values in utils.label_metrics(warped[None], fixed.labels[None]))
+        tre = CONFIG.voxel_size * distances[1:].mean()
+        measures = f"Dice {dice[0]:.2f}, TRE {tre:.1f} mm, {100 * folded.mean():.1f} % folded"
         axis.set_title(f"weight {size:g}: {name}\n{measures}", fontsize=11)
-    save(figure, "weight.png")
+    return figure
 
 
 def main():
     shutil.copy(Path("output") / CASE / "overview.png", MEDIA)
     shutil.copy(Path("model") / "history.png", MEDIA)
     shutil.copy(Path("output") / "summary.txt", MEDIA / "example_summary.txt")
-    shutil.copy(Path("model") / "history.csv", MEDIA / "example_history.csv")
     for draw in (similarity, batch, ddf, keypoints, scales, distance, weight):
-        draw()
+        save_figure(draw(), MEDIA / f"{draw.__name__}.png", dpi=90)
 
 
 if __name__ == "__main__":

@@ -75,6 +75,6 @@ def test_what_is_not_whole_leaves_nothing(spoil, message, data, fetch, tmp_path)
 
 
 def test_without_a_connection_it_says_so_in_one_line(fetch, tmp_path):
-    with pytest.raises(InputError, match=r"nothing\.zip: cannot be fetched \(.*404.*expected a connection") as caught:
+    with pytest.raises(InputError, match=r"nothing\.zip: cannot be read \(.*404.*expected a connection") as caught:
         fetch("nothing.zip")
     assert "\n" not in str(caught.value) and {path.name for path in tmp_path.iterdir()} == {"served"}

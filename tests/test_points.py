@@ -10,6 +10,7 @@ from scipy import ndimage
 
 import helpers
 from extras import points
+from extras.errors import InputError
 from utils import invert_points, map_points
 
 FCSV = """# Markups fiducial file version = 5.6
@@ -113,10 +114,10 @@ def test_files_keep_their_frame_and_all_else(suffix, frame, tmp_path):
 )
 def test_bad_files_are_named(name, text, message, tmp_path):
     (tmp_path / name).write_text(text)
-    with pytest.raises(points.InputError, match=message) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         points.read_points(tmp_path / name)
     assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)
-    with pytest.raises(points.InputError, match="nowhere"):
+    with pytest.raises(InputError, match="nowhere"):
         points.read_points(tmp_path / "nowhere.csv")
 
 
@@ -146,7 +147,7 @@ def test_the_usual_spellings_of_a_table_are_read_and_kept(header, frame, separat
     path = tmp_path / "a.csv"
     path.write_text("\n".join([*head, separator.join(row)]) + "\n")
     if frame is None:
-        with pytest.raises(points.InputError, match="--points_frame"):
+        with pytest.raises(InputError, match="--points_frame"):
             points.read_points(path)
     file = points.read_points(path, frame or "LPS")
     assert file.positions.tolist() == [[1.5, -2.25, 30] if frame == "RAS" else [-1.5, 2.25, 30]]
@@ -173,7 +174,7 @@ def test_a_row_that_begins_with_a_hash_is_a_point(tmp_path):
 
 def test_what_the_file_says_of_its_frame_is_not_overruled(tmp_path):
     path = write_file(tmp_path, ".mrk.json", "LPS", np.ones((2, 3)))
-    with pytest.raises(points.InputError, match="found coordinates in LPS, expected RAS"):
+    with pytest.raises(InputError, match="found coordinates in LPS, expected RAS"):
         points.read_points(path, "RAS")
     assert points.read_points(path, "LPS").frame == "LPS"
 

@@ -310,11 +310,11 @@ def test_results_of_other_files_are_not_overwritten(tmp_path):
     other = helpers.Pair("case00", "a", files["others"], files["fixed"])
     new = helpers.Pair("case01", "b", files["moving"], files["fixed"])
     for _ in range(2):
-        report.claim_folders(tmp_path, [pair])
+        report.claim_folders(tmp_path, tmp_path, [pair])
     record = tmp_path / "case00" / "pair.txt"
     assert record.read_text() == f"{files['moving']}\n{files['fixed']}\n"
     with pytest.raises(InputError, match=f"case00: found results of {files['moving']} and {files['fixed']}"):
-        report.claim_folders(tmp_path, [new, other])
+        report.claim_folders(tmp_path, tmp_path, [new, other])
     assert record.read_text() == f"{files['moving']}\n{files['fixed']}\n" and not (tmp_path / "case01").exists()
 
 
