@@ -15,7 +15,7 @@ from extras.errors import reading
 from extras.files import atomic_write, warn
 
 REFERENCE = "outliers.npz"
-DEVIATIONS = 3  # the limit lies so many standard deviations above the mean of the held-out pairs
+DEVIATIONS = 4  # the limit lies so many standard deviations above the mean of the held-out pairs
 SHRINKAGE = 0.3  # of the correlations towards none: a signature has more numbers than there are patients
 FEWEST = 5  # pairs of either kind; fewer say too little of what is usual
 MOST_PAIRS = 200  # of the training pairs that are looked at; enough for a large data set, too
