@@ -221,8 +221,8 @@ def plot_boxes(path, measures):
 
 
 def show(axis, image, *outlines, extent=None):
-    """A slice (X, Y) of 0 to 1, right and front on the left as in 3D Slicer. outlines: (colour, labels (L, X, Y))."""
-    extent = axis.imshow(image.T, cmap="gray", vmin=0, vmax=1, origin="lower", extent=extent).get_extent()
+    """A slice (X, Y), right and front on the left as in 3D Slicer. outlines: (colour, labels (L, X, Y))."""
+    extent = axis.imshow(brightness(image).T, cmap="gray", origin="lower", extent=extent).get_extent()
     for colour, labels in outlines:
         style = {"colors": colour, "linestyles": "--" if colour == ORANGE else "-", "linewidths": 1.2}
         for label in labels:
@@ -287,7 +287,7 @@ def canonical(volumes):
 
 
 def brightness(image):
-    """An image from 0, black, to 1, white; the limits are of about a million voxels, which is enough."""
+    """An image or a slice from 0, black, to 1, white; the limits are of about a million voxels, which is enough."""
     low, high = np.percentile(image.ravel()[:: max(1, image.size // 10**6)], [0.2, 99.8]).astype(np.float32)
     return np.clip((image - low) / max(high - low, 1e-6), 0, 1)
 
