@@ -70,7 +70,8 @@ def main():
         # -- Measure: where there are labels
         stored_labels = labels_to_store(moving, warped["after"], displacement)
         case_rows = report.measure_pair(pair.case, moving, fixed, warped, fields, geometry, stored_labels)
-        case_rows[0]["outlier_score"] = outliers.warn_of_outlier(pair.case, outlier_score)
+        case_rows[0]["outlier_score"] = outlier_score
+        outliers.warn_of_outlier(pair.case, outlier_score)
         rows += case_rows
 
         # -- Write: volumes and fields, points, a picture

@@ -43,7 +43,7 @@ def check_path(path):
 
 def read_nifti(path):
     """Voxels (float32; one volume is 3D) and the voxel-to-world matrix (4, 4) of a NIfTI file, checked."""
-    with reading(path, "a NIfTI file, .nii or .nii.gz (an ending in mixed case is not found)"):
+    with reading(path, "a NIfTI file that ends in .nii or .nii.gz, in small letters"):
         image = nib.load(path)
         expect(isinstance(image, nib.Nifti1Pair), path, type(image).__name__, "NIfTI")
         expect(image.header["xyzt_units"] % 8 not in (1, 3), path, "sizes in metres or micrometres", "mm")

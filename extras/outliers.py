@@ -91,7 +91,6 @@ def outlier_score(model, reference, moving_image, fixed_image):
 
 
 def warn_of_outlier(case, value):
-    """Name the pair if its outlier score is above 1; returns that."""
+    """Name the pair if its outlier score is above 1."""
     if value > 1:
         warn(f"{case}: an outlier, unlike the training pairs (score {value:.2f}, limit 1); look at the result")
-    return value

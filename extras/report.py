@@ -278,10 +278,10 @@ def plot_overview(path, title, volumes, ddf, voxel_size):
 
 
 def canonical(volumes):
-    """Voxel size in mm, images of 0 to 1 and labels of Volumes, in the axis order and direction nearest to RAS+."""
+    """Voxel size in mm, images and labels of Volumes, in the axis order and direction nearest to RAS+."""
     turn = nib.io_orientation(volumes["fixed"].affine)
     spacing = nib.affines.voxel_sizes(volumes["fixed"].affine)[np.argsort(turn[:, 0])]
-    images = {name: brightness(nib.apply_orientation(v.image, turn)) for name, v in volumes.items()}
+    images = {name: nib.apply_orientation(v.image, turn) for name, v in volumes.items()}
     labels = {name: nib.apply_orientation(v.labels, turn) for name, v in volumes.items() if v.labels is not None}
     return spacing, images, labels
 
@@ -308,7 +308,7 @@ def viewer(volumes):
     panels = []
     for kind, image in images.items():
         cubes = ndimage.zoom(image, factor, order=1, grid_mode=True, mode="nearest")
-        panel = np.repeat((255 * cubes).astype(np.uint8)[..., None], 3, axis=-1)
+        panel = np.repeat((255 * brightness(cubes)).astype(np.uint8)[..., None], 3, axis=-1)
         for shown in dict.fromkeys(("fixed", kind)) if labels else ():
             colour = np.round(255 * np.array(to_rgb(GREEN if shown == "fixed" else ORANGE)))
             for label in np.moveaxis(labels[shown], -1, 0):
