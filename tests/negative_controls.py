@@ -23,7 +23,7 @@ import helpers
 import inference
 from config import InferenceConfig, load_config, parse_config
 from extras import checkpoint, report
-from extras.errors import run
+from extras.errors import expect, run
 from networks import NETWORKS
 from utils import moving_offset
 
@@ -46,6 +46,7 @@ def main():
     offset = moving_offset(trained.moving_shape, trained.fixed_shape)
     for pair, *originals, moving, fixed in cases:
         strangers = [case[3].image for case in cases if case[0].patient != pair.patient]
+        expect(strangers, pair.moving_image.parent, "one patient", "two or more")
         stranger = strangers[rng.integers(len(strangers))]
         noise = [rng.random(volume.image.shape, np.float32) for volume in (moving, fixed)]
         inputs = (moving.image, fixed.image), (stranger, fixed.image), noise
